@@ -1,0 +1,61 @@
+"""A sequence: prompt and output tokens of one choice of a request, and how much of it has KV.
+
+    token_ids   [ prompt ........................ | output ........ ]
+                  ^0        ^num_computed_tokens                    ^num_tokens
+    Tokens before `num_computed_tokens` have KV in `block_table`. A step computes the next few; when it reaches
+    `num_tokens` it samples the token at index `len(output_token_ids)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engines.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Owned by the engine thread; the schedulers read and advance it.
+
+    Attributes:
+        num_samples: choices sampled when the prompt ends (n of a fresh request; 1 once forked).
+        block_table: KV block ids in token order.
+        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    rid: str
+    choice: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    output_token_ids: list[int] = field(default_factory=list)
+    num_samples: int = 1
+    arrival_s: float = 0.0
+    deadline_s: float = float("inf")
+    priority: int = 0
+    tenant: str = ""
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def seq_id(self) -> tuple[str, int]:
+        return (self.rid, self.choice)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions [start, stop), over prompt and output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
