@@ -1,0 +1,445 @@
+"""The engine: decides a step, runs it, moves KV, reports tokens. Single-threaded; knows no Redis, no Celery, no text.
+
+    front messages --handle--> [ writer | reader | scheduler ] --step--> runner --> Tokens to the front
+    kv events ------handle_kv-->
+
+Roles differ only in what happens to a sequence when its prompt is computed: `prefill` hands it over, `both` keeps it.
+A `decode` engine is a `both` engine that nobody sends prompts to; it still prefills, in chunks, whatever a recovered
+sequence lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from engines import messages
+from engines.errors import EngineError
+from engines.finish import Finish, FinishRule
+from engines.handoff_reader import Arrival, HandoffReader
+from engines.handoff_writer import HandoffWriter
+from engines.messages import EngineMessage, FrontMessage, TokenOut
+from engines.scheduler.plan import StepPlan
+from engines.sequence import Sequence
+from engines.transfer_state import TransferState
+from kvstore import transport as kv
+
+if TYPE_CHECKING:
+    from engines.runner import ModelRunner, SampledTokens
+    from kvstore.blocks import BlockPool
+    from kvstore.clock import Clock
+
+STATS_S = 0.5
+SUSPEND_AFTER_S = 5.0  # without a renewal that Redis answered: step no more, keep the KV
+STALE_LEASE_S = 1.5
+MAX_STALE_STEPS = 256  # and no more tokens per sequence than this into the front's buffer
+
+
+class Scheduler(Protocol):
+    """What the engine needs of either scheduler."""
+
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    def add(self, sequence: Sequence) -> None: ...
+    def remove(self, seq_id: tuple[str, int]) -> None: ...
+    def schedule(self, now_s: float) -> StepPlan | None: ...
+    def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None: ...
+    def next_wakeup_s(self, now_s: float) -> float | None: ...
+
+
+class EngineCore:
+    """Owned by the engine thread.
+
+    Args:
+        layer_group_bytes: layers are pushed in groups of about this many bytes (transfer.layer_group_bytes).
+        max_num_seqs: sequences decoded together; grants are refused beyond it.
+        watermark_blocks: blocks that granting leaves free, so that growth does not preempt at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        role: str,
+        incarnation: str,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        pool: BlockPool,
+        node: kv.KVNode,
+        finish_rule: FinishRule,
+        send: Callable[[EngineMessage], None],
+        clock: Clock,
+        block_size: int,
+        block_bytes: int,
+        layer_group_bytes: int = 1 << 20,
+        max_num_seqs: int = 64,
+        watermark_blocks: int = 0,
+    ) -> None:
+        self._role = role
+        self._scheduler = scheduler
+        self._runner = runner
+        self._pool = pool
+        self._kv = node
+        self._finish = finish_rule
+        self._send = send
+        self._clock = clock
+        self._block_size = block_size
+        self._layer_bytes = block_bytes // node.num_layers
+        self._layer_group_bytes = layer_group_bytes
+        self._max_num_seqs = max_num_seqs
+        self._watermark_blocks = watermark_blocks
+        self._live: dict[tuple[str, int], Sequence] = {}
+        self._step_ms = 0.0
+        self._stats_at_s = 0.0
+        self._lease_s = clock()
+        self._stale_steps = 0
+        self._counters = {"steps": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "cached_tokens": 0.0, "busy_s": 0.0}
+        self._writer = HandoffWriter(
+            node=node,
+            pool=pool,
+            block_size=block_size,
+            block_bytes=block_bytes,
+            incarnation=incarnation,
+            send=send,
+            schedule=self._start,
+            unschedule=self._stop_sequence,
+            clock=clock,
+        )
+        self._reader = HandoffReader(
+            node=node,
+            pool=pool,
+            block_size=block_size,
+            send=send,
+            may_admit=self._may_admit,
+            copy_blocks=runner.copy_blocks,
+            clock=clock,
+        )
+
+    # ---------------------------------------------------------------- messages of the front
+    def handle(self, message: FrontMessage) -> None:
+        match message:
+            case messages.Add():
+                self._add(message)
+            case messages.Promote(rid, xfer):
+                self._promote(self._reader.promote(rid, xfer))
+            case messages.Drop(rid, xfer):
+                self._drop(rid, xfer)
+            case messages.Stop(rid, c):
+                self._stop_choice(rid, c)
+            case messages.Peers(targets):
+                self._writer.set_peers(targets)
+                self._writer.seek()
+            case messages.Lease():
+                self._lease_s, self._stale_steps = self._clock(), 0
+
+    def _add(self, add: messages.Add) -> None:
+        num_ids = len(add.prompt_ids) + max(map(len, add.choices))
+        if num_ids >= self._finish.max_model_len:
+            text = f"{num_ids} tokens are more than the context of {self._finish.max_model_len} holds"
+            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
+            return
+        is_fresh = not any(add.choices)
+        if add.mode == "local" and not (is_fresh and len(add.choices) > 1):
+            for choice, ids in enumerate(add.choices):
+                self._start_unless_finished(self._sequence(add, choice, ids))
+            return
+        # One pass over what all choices share: the prompt, and for a single choice also its tokens so far.
+        shared_ids = add.choices[0] if len(add.choices) == 1 else []
+        sequence = self._sequence(add, 0, shared_ids)
+        sequence.num_samples = len(add.choices) if is_fresh or len(add.choices) == 1 else 0
+        num_blocks = self._blocks_for(add, len(add.prompt_ids) + len(shared_ids))
+        if num_blocks > self._pool.num_blocks:
+            text = f"{num_blocks} KV blocks are needed, this worker has {self._pool.num_blocks}"
+            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
+        elif add.mode == "push":
+            self._writer.add(add, sequence, num_blocks=num_blocks)
+        else:
+            self._start(sequence)
+
+    def _sequence(self, add: messages.Add, choice: int, output_ids: list[int]) -> Sequence:
+        now = self._clock()
+        return Sequence(
+            rid=add.rid,
+            choice=choice,
+            prompt_token_ids=add.prompt_ids,
+            params=add.params,
+            seed=add.seed,
+            output_token_ids=list(output_ids),
+            arrival_s=now,
+            deadline_s=now + add.deadline_s,
+            priority=add.priority,
+            tenant=add.tenant,
+        )
+
+    def _blocks_for(self, add: messages.Add, num_tokens: int) -> int:
+        """Blocks to ask a decode worker for: what there is and one to grow into, or all it can ever need."""
+        if add.reserve_full:
+            num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._finish.max_model_len)
+            return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self._block_size) + 1
+
+    def _promote(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._start_unless_finished(sequence)
+
+    def _start_unless_finished(self, sequence: Sequence) -> None:
+        """A choice that a former owner finished only needs its end told again."""
+        finish = self._check(sequence)
+        if finish is None:
+            self._start(sequence)
+            return
+        self._pool.free(sequence.block_table)
+        num_ids = len(sequence.output_token_ids)
+        out = TokenOut(sequence.rid, sequence.choice, num_ids, [], None, finish.reason, finish.stop_reason)
+        self._send(messages.Tokens(0, [out]))
+
+    def _drop(self, rid: str, xfer: str) -> None:
+        if xfer:
+            self._reader.refuse(rid, xfer)
+            return
+        self._writer.drop(rid)
+        self._reader.refuse_all(rid)
+        for seq_id in [seq_id for seq_id in self._live if seq_id[0] == rid]:
+            self._release(self._live[seq_id])
+
+    def _stop_choice(self, rid: str, choice: int) -> None:
+        sequence = self._live.get((rid, choice))
+        if sequence is not None and not self._writer.knows(rid):
+            self._release(sequence)
+
+    # ---------------------------------------------------------------- events of the KV node
+    def handle_kv(self, event: kv.Event) -> None:
+        match event:
+            case kv.ReserveRequested():
+                self._reader.on_reserve(event)
+            case kv.Arrived():
+                self._reader.on_arrived(event)
+            case kv.BlocksFree():
+                self._reader.on_blocks_free(event)
+            case kv.GrantReceived():
+                self._writer.on_grant(event)
+            case kv.GrantRefused():
+                self._writer.on_refusal(event)
+            case kv.Handed():
+                self._writer.on_handed(event.xfer)
+            case kv.Refused():
+                self._writer.on_refused(event)
+            case kv.PushFailed():
+                self._writer.on_failed(event)
+            case kv.SourceFree():
+                self._writer.on_source_free(event.xfer)
+
+    def _may_admit(self, num_blocks: int, num_expected: int) -> bool:
+        has_place = len(self._live) + num_expected < self._max_num_seqs
+        return has_place and self._pool.num_free - num_blocks >= self._watermark_blocks
+
+    # ---------------------------------------------------------------- steps
+    def step(self) -> bool:
+        """One decision and one forward pass. False if there was nothing to do.
+
+        An error of the forward pass fails the sequences of this step by name and leaves the others alone.
+        """
+        now = self._clock()
+        self._writer.seek()
+        self._report_stats(now)
+        if self._is_suspended(now):
+            return False
+        plan = self._scheduler.schedule(now)
+        if plan is None:
+            return False
+        for sequence in plan.preempted:
+            self._preempt(sequence)
+        if not plan.scheduled:
+            return bool(plan.preempted)
+        try:
+            sampled = self._forward(plan)
+        except EngineError as error:
+            self._fail(plan, error)
+            return True
+        self._scheduler.complete(plan, {item.sequence.seq_id: item.token_ids for item in sampled})
+        self._after_step(plan, sampled)
+        self._measure(plan, now)
+        return True
+
+    def _forward(self, plan: StepPlan) -> list[SampledTokens]:
+        batches = self._writer.blocks_of_step(plan)
+        for item in plan.scheduled:
+            offset = (item.start + item.num_new_tokens) % self._block_size
+            if offset and item.samples and self._writer.knows(item.sequence.rid):
+                # The tail of the last block goes over the wire, too: zeros, never another sequence's KV.
+                self._runner.zero_tail(item.sequence.block_table[item.sequence.num_tokens // self._block_size], offset)
+        if not batches:
+            return self._runner.run(plan).sampled
+        num_blocks = sum(len(pairs) for _, pairs in batches)
+        result = self._runner.run(
+            plan,
+            on_layers=lambda lo, hi: self._writer.push_layers(batches, lo, hi),
+            layer_group=max(1, self._layer_group_bytes // (num_blocks * self._layer_bytes)),
+        )
+        self._writer.step_pushed(batches)
+        return result.sampled
+
+    def _after_step(self, plan: StepPlan, sampled: list[SampledTokens]) -> None:
+        outs: list[TokenOut] = []
+        for item in sampled:
+            sequence = item.sequence
+            if sequence.seq_id not in self._live:
+                continue
+            if self._writer.knows(sequence.rid):
+                self._prompt_done(item, outs)
+            elif sequence.num_samples > 1:
+                self._fork_local(item, outs)
+            else:
+                self._emit(sequence, item.token_ids, item.logprobs, outs)
+        if outs:
+            self._counters["output_tokens"] += sum(len(out.token_ids) for out in outs)
+            self._send(messages.Tokens(plan.step_id, outs))
+
+    def _emit(self, sequence: Sequence, ids: list[int], logprobs: list[object] | None, outs: list[TokenOut]) -> None:
+        finish = self._check(sequence)
+        outs.append(self._token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish))
+        if finish is not None:
+            self._release(sequence)
+
+    def _prompt_done(self, item: SampledTokens, outs: list[TokenOut]) -> None:
+        """A prompt to hand over is computed: report the first tokens at once, commit the transfer."""
+        sequence = item.sequence
+        choices, finished = self._first_tokens(item, outs)
+        self._live.pop(sequence.seq_id, None)
+        self._scheduler.remove(sequence.seq_id)
+        if choices and all(finished):
+            self._writer.finished_early(sequence)
+        else:
+            self._writer.computed(sequence, choices)
+
+    def _first_tokens(self, item: SampledTokens, outs: list[TokenOut]) -> tuple[list[list[int]], list[bool]]:
+        """Ids of each choice after the first sampling, and which are finished already."""
+        sequence = item.sequence
+        base = sequence.output_token_ids[:]
+        if sequence.num_samples == 1:
+            base = base[: len(base) - len(item.token_ids)]
+        choices, finished = [], []
+        for j, token_id in enumerate(item.token_ids):
+            ids = [*base, token_id] if sequence.num_samples == 1 else [token_id]
+            finish = self._finish.check(sequence.params, len(sequence.prompt_token_ids), ids)
+            logprobs = None if item.logprobs is None else [item.logprobs[j]]
+            outs.append(self._token_out(sequence, sequence.choice + j, len(ids) - 1, [token_id], logprobs, finish))
+            choices.append(ids)
+            finished.append(finish is not None)
+        return choices, finished
+
+    def _fork_local(self, item: SampledTokens, outs: list[TokenOut]) -> None:
+        """Role `both`, n > 1: the prompt is computed once; each choice goes on by itself."""
+        sequence = item.sequence
+        choices, _ = self._first_tokens(item, outs)
+        blocks, sequence.block_table = sequence.block_table, []
+        self._live.pop(sequence.seq_id, None)
+        self._scheduler.remove(sequence.seq_id)
+        state = TransferState(
+            sequence.prompt_token_ids,
+            choices,
+            sequence.params,
+            sequence.seed,
+            0.0,
+            sequence.num_cached_tokens,
+            sequence.tenant,
+            sequence.priority,
+        )
+        arrival = Arrival(sequence.rid, blocks, len(sequence.prompt_token_ids), state, sequence.deadline_s)
+        for fork in self._reader.fork(arrival):
+            if self._check(fork) is None:
+                self._start(fork)
+            else:
+                self._pool.free(fork.block_table)
+
+    def _token_out(
+        self,
+        sequence: Sequence,
+        choice: int,
+        index: int,
+        ids: list[int],
+        logprobs: list[object] | None,
+        finish: Finish | None,
+    ) -> TokenOut:
+        return TokenOut(
+            sequence.rid,
+            choice,
+            index,
+            ids,
+            logprobs,  # type: ignore[arg-type]
+            finish.reason if finish else "",
+            finish.stop_reason if finish else None,
+            sequence.num_cached_tokens,
+        )
+
+    def _check(self, sequence: Sequence) -> Finish | None:
+        return self._finish.check(sequence.params, len(sequence.prompt_token_ids), sequence.output_token_ids)
+
+    # ---------------------------------------------------------------- sequences come and go
+    def _start(self, sequence: Sequence) -> None:
+        self._live[sequence.seq_id] = sequence
+        self._scheduler.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """The sequence ended here: out of the scheduler, blocks back."""
+        self._stop_sequence(sequence)
+        blocks, sequence.block_table = sequence.block_table, []
+        self._pool.free(blocks)
+
+    def _stop_sequence(self, sequence: Sequence) -> None:
+        self._live.pop(sequence.seq_id, None)
+        self._scheduler.remove(sequence.seq_id)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """The scheduler took its blocks. The whole request goes back to the queue: its choices stay together."""
+        self._live.pop(sequence.seq_id, None)
+        self._drop(sequence.rid, "")
+        self._send(messages.Preempted(sequence.rid))
+
+    def _fail(self, plan: StepPlan, error: EngineError) -> None:
+        for rid in {item.sequence.rid for item in plan.scheduled}:
+            self._drop(rid, "")
+            self._send(messages.Failed(rid, "internal_error", str(error)))
+
+    # ---------------------------------------------------------------- time and figures
+    def _is_suspended(self, now: float) -> bool:
+        age = now - self._lease_s
+        if age > STALE_LEASE_S:
+            self._stale_steps += 1
+        return age > SUSPEND_AFTER_S or self._stale_steps > MAX_STALE_STEPS
+
+    def next_wakeup_s(self) -> float:
+        """Clock time at which `step` may have something to do without any message."""
+        now = self._clock()
+        times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), self._writer.next_wakeup_s()]
+        return min(time for time in times if time is not None)
+
+    def _measure(self, plan: StepPlan, started_s: float) -> None:
+        elapsed = self._clock() - started_s
+        self._step_ms = elapsed * 1e3 if not self._step_ms else 0.9 * self._step_ms + 0.1 * elapsed * 1e3
+        self._counters["steps"] += 1
+        self._counters["busy_s"] += elapsed
+        self._counters["prompt_tokens"] += sum(i.num_new_tokens for i in plan.scheduled if i.num_new_tokens > 1)
+
+    def _report_stats(self, now: float) -> None:
+        if now < self._stats_at_s:
+            return
+        self._stats_at_s = now + STATS_S
+        self._send(self.stats())
+
+    def stats(self) -> messages.Stats:
+        grants = self._kv.grants()
+        blocks = {
+            "free": self._pool.num_free,
+            "cached": self._pool.num_cached,
+            "used": self._pool.num_used - sum(grants.values()),
+            **{state.lower(): count for state, count in grants.items()},
+        }
+        return messages.Stats(
+            blocks=blocks,
+            live=len(self._live),
+            waiting=self._scheduler.num_waiting + self._writer.num_outgoing,
+            step_ms=self._step_ms,
+            counters=dict(self._counters),
+        )

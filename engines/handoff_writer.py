@@ -1,0 +1,358 @@
+"""The writer's side of a hand-off: find a decode worker, push KV while it is computed, commit, let go.
+
+    Add(push) --> SEEKING --reserve--> RESERVING --GrantReceived--> GRANTED --computed, commit--> COMMITTED --> gone
+                     ^                     | refused                   | link failed               | Handed, Refused
+                     '---------------------+---------------------------+---------------------------'  (failed)
+    A sequence without a grant holds no blocks and is not computed. One whose push failed keeps its KV and looks
+    for another receiver, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from engines.messages import Add, EngineMessage, Granted, NoGrant, Pushed, Target
+from engines.scheduler.plan import StepPlan
+from engines.sequence import Sequence
+from engines.transfer_state import TransferState, encode_state
+from kvstore import transport as kv
+
+if TYPE_CHECKING:
+    from kvstore.blocks import BlockPool
+    from kvstore.clock import Clock
+
+MAX_RESERVES_IN_FLIGHT = 8  # keeps the order of arrival meaningful while pools are full
+RETRY_S = 0.03  # after a refusal; a decode worker frees blocks at the pace of its steps
+PATIENCE_S = 15.0  # without any grant; the front then looks at the registry again
+MAX_PUSH_FAILURES = 3
+
+
+class PushPhase(StrEnum):
+    SEEKING = "seeking"
+    RESERVING = "reserving"
+    GRANTED = "granted"
+    COMMITTED = "committed"
+
+
+PHASES: dict[PushPhase, frozenset[PushPhase]] = {
+    PushPhase.SEEKING: frozenset({PushPhase.RESERVING}),
+    PushPhase.RESERVING: frozenset({PushPhase.SEEKING, PushPhase.GRANTED}),
+    PushPhase.GRANTED: frozenset({PushPhase.COMMITTED, PushPhase.SEEKING}),
+    PushPhase.COMMITTED: frozenset({PushPhase.SEEKING}),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """One request on its way out. `xfer` changes with each reservation; a closed one is never used again."""
+
+    add: Add
+    sequence: Sequence
+    num_blocks: int
+    since_s: float
+    phase: PushPhase = PushPhase.SEEKING
+    xfer: str = ""
+    node: str = ""
+    attempt: int = 0  # grants so far
+    num_failures: int = 0
+    next_target: int = 0
+    is_scheduled: bool = False  # the scheduler has it, or had it until it was computed
+    is_computed: bool = False
+    choices: list[list[int]] = field(default_factory=list)
+    num_pushed_blocks: int = 0
+    num_bytes: int = 0
+    stamps_s: dict[str, float] = field(default_factory=dict)
+
+    def advance(self, phase: PushPhase) -> None:
+        assert phase in PHASES[self.phase], f"{self.phase} -> {phase}"
+        self.phase = phase
+
+
+class HandoffWriter:
+    """Owned by the engine thread. `schedule` puts a sequence into the scheduler, once it has its grant."""
+
+    def __init__(
+        self,
+        *,
+        node: kv.KVNode,
+        pool: BlockPool,
+        block_size: int,
+        block_bytes: int,
+        incarnation: str,
+        send: Callable[[EngineMessage], None],
+        schedule: Callable[[Sequence], None],
+        unschedule: Callable[[Sequence], None],
+        clock: Clock,
+    ) -> None:
+        self._kv = node
+        self._pool = pool
+        self._block_size = block_size
+        self._block_bytes = block_bytes
+        self._incarnation = incarnation
+        self._send = send
+        self._schedule = schedule
+        self._unschedule = unschedule
+        self._clock = clock
+        self._by_rid: dict[str, Outgoing] = {}
+        self._by_xfer: dict[str, Outgoing] = {}
+        self._lingering: dict[str, list[int]] = {}  # xfer -> source blocks that may still be read by the kv thread
+        self._peers: list[Target] = []
+        self._counter = 0
+        self._retry_at_s = 0.0
+
+    @property
+    def num_outgoing(self) -> int:
+        return len(self._by_rid)
+
+    def knows(self, rid: str) -> bool:
+        return rid in self._by_rid
+
+    # ---------------------------------------------------------------- from the front
+    def add(self, add: Add, sequence: Sequence, *, num_blocks: int) -> None:
+        """Take a request; it is scheduled when a decode worker has promised `num_blocks`."""
+        if add.rid in self._by_rid:
+            return
+        now = self._clock()
+        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, stamps_s={"added": now})
+        self.seek()
+
+    def set_peers(self, targets: list[Target]) -> None:
+        self._peers = targets
+
+    def drop(self, rid: str) -> None:
+        """Forget a request: close its transfer, free its blocks as soon as nothing reads them."""
+        out = self._by_rid.pop(rid, None)
+        if out is None:
+            return
+        if out.is_scheduled and not out.is_computed:
+            self._unschedule(out.sequence)
+        self._let_go(out)
+
+    # ---------------------------------------------------------------- grants
+    def seek(self) -> None:
+        """Send reservations for the oldest requests without a grant."""
+        now = self._clock()
+        in_flight = sum(out.phase is PushPhase.RESERVING for out in self._by_rid.values())
+        for out in list(self._by_rid.values()):
+            if out.phase is not PushPhase.SEEKING:
+                continue
+            if now - out.since_s > PATIENCE_S:
+                self._give_up_seeking(out)
+                continue
+            if now < self._retry_at_s or in_flight >= MAX_RESERVES_IN_FLIGHT:
+                continue
+            targets = self._peers or out.add.targets
+            if not targets:
+                self._retry_at_s = now + RETRY_S
+                continue
+            in_flight += 1
+            self._reserve(out, targets[out.next_target % len(targets)])
+
+    def next_wakeup_s(self) -> float | None:
+        """When `seek` has something to do again, or None."""
+        if not any(out.phase is PushPhase.SEEKING for out in self._by_rid.values()):
+            return None
+        return max(self._retry_at_s, self._clock() + 0.001)
+
+    def _reserve(self, out: Outgoing, target: Target) -> None:
+        self._counter += 1
+        out.xfer = f"{self._incarnation}:{self._counter}"
+        out.node = target.node
+        out.num_pushed_blocks = 0
+        out.advance(PushPhase.RESERVING)
+        out.stamps_s.setdefault("reserve", self._clock())
+        self._by_xfer[out.xfer] = out
+        self._kv.reserve(
+            target.address,
+            out.xfer,
+            rid=out.add.rid,
+            epoch=out.add.epoch,
+            token=out.add.token,
+            num_blocks=out.num_blocks,
+            deadline_s=out.add.deadline_s,
+        )
+
+    def on_grant(self, event: kv.GrantReceived) -> None:
+        out = self._by_xfer.get(event.xfer)
+        if out is None or out.xfer != event.xfer:
+            return
+        out.advance(PushPhase.GRANTED)
+        out.attempt += 1
+        out.stamps_s["granted"] = self._clock()
+        self._send(Granted(out.add.rid, out.xfer, out.node, out.attempt))
+        if out.is_computed:
+            self._push_rest(out)
+            self._commit(out)
+        elif not out.is_scheduled:
+            out.is_scheduled = True
+            self._schedule(out.sequence)
+
+    def on_refusal(self, event: kv.GrantRefused) -> None:
+        """No blocks there now: try the next target; once all refused, wait a moment."""
+        out = self._by_xfer.pop(event.xfer, None)
+        if out is None or out.xfer != event.xfer:
+            return
+        out.advance(PushPhase.SEEKING)
+        out.next_target += 1
+        targets = self._peers or out.add.targets
+        if out.next_target % max(len(targets), 1) == 0:
+            self._retry_at_s = self._clock() + RETRY_S
+
+    def _give_up_seeking(self, out: Outgoing) -> None:
+        del self._by_rid[out.add.rid]
+        self._let_go(out)
+        self._send(NoGrant(out.add.rid, f"no decode worker promised {out.num_blocks} blocks within {PATIENCE_S:.0f} s"))
+
+    # ---------------------------------------------------------------- pushing
+    def blocks_of_step(self, plan: StepPlan) -> list[tuple[Outgoing, list[tuple[int, int]]]]:
+        """For each granted sequence of the step: (source block, place in the grant) of the blocks it completes.
+
+        A block that the step leaves partly filled waits for the step that fills it, unless the prompt ends in it.
+        """
+        batches = []
+        for item in plan.scheduled:
+            out = self._by_rid.get(item.sequence.rid)
+            if out is None or out.phase is not PushPhase.GRANTED:
+                continue
+            end = item.start + item.num_new_tokens
+            is_last = end == item.sequence.num_tokens
+            hi = -(-end // self._block_size) if is_last else end // self._block_size
+            table = item.sequence.block_table
+            pairs = [(table[i], i) for i in range(out.num_pushed_blocks, hi)]
+            if pairs:
+                batches.append((out, pairs))
+        return batches
+
+    def push_layers(self, batches: list[tuple[Outgoing, list[tuple[int, int]]]], lo: int, hi: int) -> None:
+        """Layers [lo, hi) of these blocks are computed: send them while later layers compute."""
+        for out, pairs in batches:
+            if out.phase is PushPhase.GRANTED:
+                out.stamps_s.setdefault("push", self._clock())
+                self._kv.push(out.xfer, pairs, lo, hi)
+
+    def step_pushed(self, batches: list[tuple[Outgoing, list[tuple[int, int]]]]) -> None:
+        for out, pairs in batches:
+            if out.phase is PushPhase.GRANTED:
+                out.num_pushed_blocks = pairs[-1][1] + 1
+                out.num_bytes += len(pairs) * self._block_bytes
+
+    def computed(self, sequence: Sequence, choices: list[list[int]]) -> None:
+        """All of `sequence` has KV; `choices` are the ids so far, first tokens included."""
+        out = self._by_rid.get(sequence.rid)
+        if out is None:
+            return
+        out.is_computed, out.choices = True, choices
+        out.stamps_s["computed"] = self._clock()
+        if out.phase is PushPhase.GRANTED:
+            self._push_rest(out)
+            self._commit(out)
+
+    def finished_early(self, sequence: Sequence) -> None:
+        """Every choice ended with its first token: there is nothing to hand over."""
+        out = self._by_rid.pop(sequence.rid, None)
+        if out is None:
+            return
+        out.is_computed = True
+        self._let_go(out)
+        self._report(out, "handed", "finished at prefill")
+
+    def _push_rest(self, out: Outgoing) -> None:
+        """Blocks that no step pushed: all of them after a failed push."""
+        num_kv_blocks = -(-out.sequence.num_computed_tokens // self._block_size)
+        pairs = [(out.sequence.block_table[i], i) for i in range(out.num_pushed_blocks, num_kv_blocks)]
+        if pairs:
+            self._kv.push(out.xfer, pairs, 0, self._kv.num_layers)
+            self.step_pushed([(out, pairs)])
+
+    def _commit(self, out: Outgoing) -> None:
+        sequence, add = out.sequence, out.add
+        state = TransferState(
+            add.prompt_ids,
+            out.choices,
+            add.params,
+            add.seed,
+            max(sequence.deadline_s - self._clock(), 0.0),
+            sequence.num_cached_tokens,
+            add.tenant,
+            add.priority,
+        )
+        num_kv_blocks = -(-sequence.num_computed_tokens // self._block_size)
+        out.advance(PushPhase.COMMITTED)
+        out.stamps_s["commit"] = self._clock()
+        self._kv.commit(
+            out.xfer,
+            src_blocks=sequence.block_table[:num_kv_blocks],
+            num_tokens=sequence.num_computed_tokens,
+            state=encode_state(state),
+        )
+
+    # ---------------------------------------------------------------- ends
+    def on_handed(self, xfer: str) -> None:
+        self._end(xfer, "handed", "")
+
+    def on_refused(self, event: kv.Refused) -> None:
+        self._end(event.xfer, "refused", event.reason)
+
+    def on_failed(self, event: kv.PushFailed) -> None:
+        """The transfer is closed. The KV is still here: look for another receiver, a few times."""
+        out = self._by_xfer.pop(event.xfer, None)
+        if out is None or out.xfer != event.xfer:
+            return
+        out.num_failures += 1
+        if out.num_failures >= MAX_PUSH_FAILURES:
+            del self._by_rid[out.add.rid]
+            if out.is_scheduled and not out.is_computed:
+                self._unschedule(out.sequence)
+            self._let_go(out)
+            self._report(out, "failed", event.reason)
+            return
+        if out.phase is not PushPhase.SEEKING:
+            out.advance(PushPhase.SEEKING)
+        out.since_s, out.num_pushed_blocks = self._clock(), 0
+        out.next_target += 1
+
+    def on_source_free(self, xfer: str) -> None:
+        blocks = self._lingering.pop(xfer, None)
+        if blocks:
+            self._pool.free(blocks)
+
+    def _end(self, xfer: str, outcome: str, reason: str) -> None:
+        out = self._by_xfer.pop(xfer, None)
+        if out is None or out.xfer != xfer:
+            return
+        self._by_rid.pop(out.add.rid, None)
+        blocks, out.sequence.block_table = out.sequence.block_table, []
+        self._pool.free(blocks)  # COMMIT was answered: the kv thread reads them no more
+        self._report(out, outcome, reason)
+
+    def _let_go(self, out: Outgoing) -> None:
+        """Close the transfer; the blocks are freed when the kv thread has stopped reading them."""
+        blocks, out.sequence.block_table = out.sequence.block_table, []
+        if out.xfer and self._by_xfer.pop(out.xfer, None) is not None:
+            self._lingering[out.xfer] = blocks
+            self._kv.abandon(out.xfer)
+        elif blocks:
+            self._pool.free(blocks)
+
+    def _report(self, out: Outgoing, outcome: str, reason: str) -> None:
+        now, at = self._clock(), out.stamps_s
+        computed = at.get("computed", now)
+        timings = {
+            "reserve": at.get("granted", now) - at["added"],
+            "prefill": computed - at.get("granted", computed),
+            "transfer": now - at.get("commit", now),
+            "hidden": max(computed - at["push"], 0.0) if "push" in at else 0.0,
+        }
+        self._send(
+            Pushed(
+                rid=out.add.rid,
+                xfer=out.xfer,
+                outcome=outcome,  # type: ignore[arg-type]
+                reason=reason,
+                num_bytes=out.num_bytes,
+                timings_ms={name: seconds * 1e3 for name, seconds in timings.items()},
+            )
+        )
