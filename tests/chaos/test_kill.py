@@ -1,0 +1,90 @@
+"""kill -9 of each part with 20 live streams: every stream ends properly, with the tokens of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, Stream, read_streams, running_cluster, wait_until
+
+pytestmark = pytest.mark.chaos
+
+NUM_STREAMS = 20
+
+
+def _bodies() -> list[dict[str, Any]]:
+    """Half greedy, half seeded; long enough to be in the middle when the kill comes."""
+    common = {"max_tokens": 160, "ignore_eos": True}
+    stories = [f"<|im_start|>user\nCount from {i} to 90.<|im_end|>\n<|im_start|>assistant\n" for i in range(NUM_STREAMS)]
+    return [
+        {"prompt": text, "temperature": 0, **common}
+        if i % 2
+        else {"prompt": text, "temperature": 0.9, "top_p": 0.95, "seed": 1000 + i, **common}
+        for i, text in enumerate(stories)
+    ]
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+VICTIMS: dict[str, Callable[[Cluster], int]] = {
+    "decode front": lambda cluster: cluster.worker("decode")["pid"],
+    "decode engine": lambda cluster: cluster.worker("decode")["engine_pids"][0],
+    "prefill front": lambda cluster: cluster.worker("prefill")["pid"],
+    "prefill engine": lambda cluster: cluster.worker("prefill")["engine_pids"][0],
+    "redis": lambda cluster: cluster.status()["redis"]["pid"],
+}
+
+
+def _assert_same(undisturbed: list[Stream], disturbed: list[Stream]) -> None:
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert after.errors == []
+        assert after.num_done == 1
+        assert after.token_ids == before.token_ids
+        assert after.texts == before.texts
+        assert after.finish_reasons == before.finish_reasons
+
+
+@pytest.mark.parametrize("num_decode", [2, 1])
+def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) -> None:
+    victims = VICTIMS if num_decode == 2 else {k: v for k, v in VICTIMS.items() if k != "redis"}
+    with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", str(num_decode)) as cluster:
+        undisturbed = asyncio.run(read_streams(cluster.url, _bodies()))
+        for name, pid_of in victims.items():
+            print("killing", name)
+            pid = pid_of(cluster)
+
+            disturbed = asyncio.run(
+                read_streams(cluster.url, _bodies(), meanwhile=lambda pid=pid: _kill(pid), after_s=1.0)
+            )
+
+            _assert_same(undisturbed, disturbed)
+            wait_until(lambda: cluster.get("/ready").status_code == 200, timeout_s=60, what=f"ready after {name}")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
+
+
+def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, "--dtype", "float32") as cluster:
+        status = cluster.status()
+        pids = [status["redis"]["pid"], status["gateway"][0]["pid"], status["flower"]["pid"]]
+        for worker in status["workers"]:
+            pids += [worker["pid"], *worker["engine_pids"]]
+
+        _kill(int((tmp_path / "supervisor.pid").read_text()))
+
+        wait_until(lambda: not any(map(_is_alive, pids)), timeout_s=10, what="no orphan left")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(") ", 1)[1][0] != "Z"

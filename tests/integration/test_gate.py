@@ -1,0 +1,59 @@
+"""The exactness gate: fp32, greedy, through HTTP, over every transport and role, equal to `transformers.generate`.
+
+models/tiny-chat/prompts.jsonl holds what `transformers.generate` gave for its prompts (models/tiny-chat/README.md); for
+the random checkpoints it is asked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import generate, make_checkpoint
+from tests.cluster import TINY_CHAT, read_streams, running_cluster
+
+PROMPTS = [json.loads(line) for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()]
+LAYOUTS = {
+    "shm": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "shm"}),
+    "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
+    "both": (("--both", "1"), {}),
+}
+pytestmark = pytest.mark.gate
+
+
+def _greedy(prompt_ids: list[int], max_tokens: int) -> dict[str, Any]:
+    return {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_equal_transformers_on_every_prompt(layout: str, tmp_path: Path) -> None:
+    flags, env = LAYOUTS[layout]
+    with running_cluster(tmp_path, "--dtype", "float32", *flags, env=env) as cluster:
+        # All at once: prefills are batched and chunked, decode steps mix sequences of all lengths.
+        streams = asyncio.run(read_streams(cluster.url, [_greedy(p["prompt_ids"], 64) for p in PROMPTS]))
+        # And once more, now out of the prefix cache where there is one.
+        again = asyncio.run(read_streams(cluster.url, [_greedy(p["prompt_ids"], 64) for p in PROMPTS[-20:]]))
+
+    differing = [
+        p["messages"][-1]["content"][-60:]
+        for p, s in zip([*PROMPTS, *PROMPTS[-20:]], [*streams, *again], strict=True)
+        if s.token_ids != [p["completion_ids"]]
+    ]
+    assert not differing, f"{len(differing)} of {len(PROMPTS) + 20} prompts differ: {differing[:5]}"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_tokens_equal_transformers_on_random_checkpoints(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", family)
+    prompts = [[(7 * i * k + 3) % 250 + 3 for i in range(n)] for k, n in enumerate((1, 5, 31, 32, 33, 70, 150))]
+    expected = generate(folder, prompts, max_new_tokens=24)
+
+    with running_cluster(tmp_path / "run", "--model", str(folder), "--dtype", "float32") as cluster:
+        bodies = [{**_greedy(p, 24), "ignore_eos": True} for p in prompts]
+        streams = asyncio.run(read_streams(cluster.url, bodies))
+
+    assert [s.token_ids[0] for s in streams] == expected
