@@ -223,7 +223,7 @@ EngineMessage = (
     Ready | Tokens | Granted | NoGrant | Incoming | Arrived | ArrivalLost | Pushed | Preempted | Failed | Stats
 )
 
-_HEADER = struct.Struct("<I")
+FRAME_HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
 
 encode = msgspec.msgpack.Encoder().encode
@@ -234,7 +234,7 @@ decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
 def frame(message: FrontMessage | EngineMessage) -> bytes:
     """One message as bytes: little-endian uint32 length, then msgpack."""
     body = encode(message)
-    return _HEADER.pack(len(body)) + body
+    return FRAME_HEADER.pack(len(body)) + body
 
 
 class FrameReader:
@@ -252,14 +252,14 @@ class FrameReader:
         self._buffer += chunk
         frames: list[bytes] = []
         offset = 0
-        while len(self._buffer) - offset >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._buffer, offset)
+        while len(self._buffer) - offset >= FRAME_HEADER.size:
+            (length,) = FRAME_HEADER.unpack_from(self._buffer, offset)
             if length > MAX_FRAME_BYTES:
                 raise ValueError(f"frame of {length} bytes, at most {MAX_FRAME_BYTES} expected")
-            end = offset + _HEADER.size + length
+            end = offset + FRAME_HEADER.size + length
             if len(self._buffer) < end:
                 break
-            frames.append(bytes(self._buffer[offset + _HEADER.size : end]))
+            frames.append(bytes(self._buffer[offset + FRAME_HEADER.size : end]))
             offset = end
         del self._buffer[:offset]
         return frames

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from configs.schema import Settings
-from engines.messages import _HEADER
+from engines.messages import FRAME_HEADER
 
 SOCKET_BUFFER_BYTES = 4 << 20  # a front that waits a second for Redis must not stop the engine
 
@@ -92,7 +92,7 @@ def spawn_engine(
     )
     body = msgspec.msgpack.encode(config)
     try:
-        ours.sendall(_HEADER.pack(len(body)) + body)
+        ours.sendall(FRAME_HEADER.pack(len(body)) + body)
     except OSError:  # died at once: the caller sees EOF
         pass
     return EngineChild(process, ours)
