@@ -1,0 +1,177 @@
+"""One state server behind redis-py: short timeouts, reconnects, the library loaded where it is missing, typed errors.
+
+redis-py does not type `execute_command`; `_run` is the one place that knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from kvstore.errors import StateError, StateUnavailable
+from kvstore.state.library import Library, build_of
+
+_log = logging.getLogger(__name__)
+
+MAX_BLOCK_S: Final = 2.0
+Argument = str | bytes | int | float
+_T = TypeVar("_T")
+
+# Replies that mean "not now" or "not here": the caller repeats, within its own deadline. redis-py knows the first
+# ones as classes; for the rest the code is the first word of the message.
+_LATER: Final = (
+    redis.exceptions.BusyLoadingError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.NoPermissionError,
+)
+_LATER_CODES: Final = frozenset(
+    {"BUSY", "LOADING", "READONLY", "OOM", "MISCONF", "NOREPLICAS", "MASTERDOWN", "NOAUTH", "WRONGPASS", "NOPERM"}
+)
+
+
+class Connection:
+    """Calls on one server. Thread-safe: each thread takes a connection of its own out of the pool."""
+
+    def __init__(self, url: str, *, library: Library, timeout_s: float) -> None:
+        self._library = library
+        self._client = _client(url, timeout_s=timeout_s)
+        # A blocking read may rest for MAX_BLOCK_S; a shared timeout that long would hide a hanging server elsewhere.
+        self._blocking = _client(url, timeout_s=timeout_s + MAX_BLOCK_S)
+
+    def close(self) -> None:
+        """Closes the idle connections. Calls in flight end as StateUnavailable or as usual."""
+        self._client.close()
+        self._blocking.close()
+
+    def call(self, function: str, key: str, *arguments: Argument) -> Any:
+        """One function of the library.
+
+        Raises:
+            StateUnavailable: no usable reply; repeat with the same arguments.
+            StateError: the server refuses the call as such.
+        """
+        name = f"{self._library.name}_{function}"
+        return self._guarded(name, lambda: _run(self._client, "FCALL", name, 1, key, *arguments))
+
+    def call_each(self, function: str, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[Any]:
+        """One function on several shards (key, arguments), in one pipeline. Raises as `call`."""
+        if len(calls) == 1:
+            return [self.call(function, calls[0][0], *calls[0][1])]
+        name = f"{self._library.name}_{function}"
+
+        def send() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for key, arguments in calls:
+                _run(pipeline, "FCALL", name, 1, key, *arguments)
+            return list(pipeline.execute())
+
+        return self._guarded(name, send)
+
+    def command(self, *words: Argument) -> Any:
+        """One plain command. Raises as `call`."""
+        return self._guarded(str(words[0]), lambda: _run(self._client, *words))
+
+    def pipeline(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Several plain commands in one round trip. Raises as `call`."""
+
+        def send() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for words in commands:
+                _run(pipeline, *words)
+            return list(pipeline.execute())
+
+        return self._guarded("pipeline", send)
+
+    def read_streams(self, positions: dict[str, str], *, block_ms: int) -> Any:
+        """XREAD of `positions` (stream -> id), blocking for at most `MAX_BLOCK_S` (0: not at all). Raises as `call`."""
+        words: list[Argument] = ["XREAD", "COUNT", 1000]
+        if block_ms > 0:
+            words += ["BLOCK", min(block_ms, round(MAX_BLOCK_S * 1000))]
+        words += ["STREAMS", *positions.keys(), *positions.values()]
+        return self._guarded("XREAD", lambda: _run(self._blocking, *words))
+
+    def ping(self) -> float:
+        """Round trip, seconds. Raises as `call`."""
+        started = time.monotonic()
+        self.command("PING")
+        return time.monotonic() - started
+
+    def load_library(self) -> None:
+        """Loads the functions unless the server has this build or a newer one. Raises as `call`."""
+        self._guarded("FUNCTION LOAD", self._load, may_load=False)
+
+    def _load(self) -> None:
+        found = _run(self._client, "FUNCTION", "LIST", "LIBRARYNAME", self._library.name, "WITHCODE")
+        if found:
+            code = _library_code(found[0])
+            if code == self._library.source or build_of(code) > self._library.build:
+                return
+        _run(self._client, "FUNCTION", "LOAD", "REPLACE", self._library.source)
+        _log.info("loaded function library %s build %d", self._library.name, self._library.build)
+
+    def _guarded(self, name: str, send: Callable[[], _T], *, may_load: bool = True) -> _T:
+        try:
+            return send()
+        except redis.exceptions.TimeoutError as error:
+            raise StateUnavailable(command=name, reason="timeout", detail=str(error)) from error
+        except redis.exceptions.ReadOnlyError as error:
+            # A replica since the failover: reconnect, the address may lead to the new primary.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            raise StateUnavailable(command=name, reason="readonly", detail=str(error)) from error
+        except _LATER as error:
+            raise StateUnavailable(command=name, reason=_code(error), detail=str(error)) from error
+        except redis.exceptions.ConnectionError as error:
+            raise StateUnavailable(command=name, reason="connection", detail=str(error)) from error
+        except redis.exceptions.ResponseError as error:
+            if may_load and "Function not found" in str(error):
+                self.load_library()
+                return self._guarded(name, send, may_load=False)
+            if _code(error).upper() in _LATER_CODES:
+                raise StateUnavailable(command=name, reason=_code(error), detail=str(error)) from error
+            raise StateError(f"{name} was refused by the state server: {error}", command=name) from error
+        except redis.exceptions.RedisError as error:
+            raise StateError(f"{name} failed: {type(error).__name__}: {error}", command=name) from error
+
+
+def _client(url: str, *, timeout_s: float) -> redis.Redis:
+    return redis.Redis.from_url(
+        url,
+        protocol=2,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        socket_keepalive=True,
+        health_check_interval=15,
+        # One repeat mends a connection that the server closed while it lay in the pool. A timeout is not repeated
+        # here: the caller knows whether it still has the time.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
+    )
+
+
+def _run(client: redis.Redis, *words: Argument) -> Any:
+    return client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def _code(error: Exception) -> str:
+    """The server's error code in lower case; for redis-py's own classes, from their name."""
+    if isinstance(error, _LATER):
+        return type(error).__name__.removesuffix("Error").lower()
+    return str(error).split(" ", 1)[0].rstrip(":").lower()
+
+
+def _library_code(description: Any) -> str:
+    """`library_code` out of FUNCTION LIST's answer: a flat list of names and values, or a dict."""
+    pairs = (
+        description if isinstance(description, dict) else dict(zip(description[::2], description[1::2], strict=False))
+    )
+    code = pairs.get(b"library_code", b"")
+    return code.decode() if isinstance(code, bytes) else str(code)
