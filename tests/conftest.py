@@ -8,6 +8,27 @@ import pytest
 import redis
 
 from kvstore.state import EmbeddedValkey, StateStore
+from kvstore.state.library import TEST_CLOCK_KEY, with_test_clock
+
+
+class ClockedStore:
+    """A StateStore on the functions' test clock: leases and deadlines pass without waiting."""
+
+    def __init__(self, url: str) -> None:
+        self.store = StateStore(url, functions=with_test_clock())
+        self.raw: redis.Redis = redis.Redis.from_url(url, protocol=2)
+        self.now_ms = 1_000_000
+        self.advance(0.0)
+        self.store.load_library()
+
+    def advance(self, seconds: float) -> None:
+        """Moves the server's clock, also backwards."""
+        self.now_ms += round(seconds * 1000)
+        self.raw.set(TEST_CLOCK_KEY, self.now_ms)
+
+    def close(self) -> None:
+        self.store.close()
+        self.raw.close()
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +53,13 @@ def state_store(redis_url: str) -> Iterator[StateStore]:
     """A StateStore on an empty server, one shard, the library loaded."""
     store = StateStore(redis_url)
     store.load_library()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def clocked(redis_url: str) -> Iterator[ClockedStore]:
+    """A StateStore whose server's clock the test moves."""
+    store = ClockedStore(redis_url)
     yield store
     store.close()
