@@ -1,0 +1,168 @@
+"""Models from the hub, through the real hub client against a small hub on the loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_CHAT = ROOT / "models" / "tiny-chat"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PREFIX = "/someone/tiny-chat/resolve/"
+SERVED = {path.name: path.read_bytes() for path in TINY_CHAT.iterdir() if path.is_file()}
+SERVED["pytorch_model.bin"] = b"\x80\x02never fetched"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `someone/tiny-chat` in the way that huggingface_hub asks for it; remembers the paths that were fetched."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fetched: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith(PREFIX):
+            revision, _, name = path.removeprefix(PREFIX).partition("/")
+            if revision in ("main", COMMIT) and name in SERVED:
+                return self._send_file(name)
+        if path in ("/api/models/someone/tiny-chat", "/api/models/someone/tiny-chat/revision/main"):
+            siblings = [{"rfilename": name} for name in SERVED]
+            return self._send_json(200, {"id": "someone/tiny-chat", "sha": COMMIT, "siblings": siblings})
+        if path.startswith("/api/models/someone/tiny-chat/tree/"):
+            return self._send_json(
+                200, [{"type": "file", "path": k, "size": len(v), "oid": _oid(v)} for k, v in SERVED.items()]
+            )
+        code = "RevisionNotFound" if path.startswith("/api/models/someone/tiny-chat/") else "RepoNotFound"
+        return self._send_json(404, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _send_file(self, name: str) -> None:
+        content = SERVED[name]
+        start = 0
+        if wanted := self.headers.get("Range"):
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if self.command == "GET":
+            self.server.fetched.append(name)
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{_oid(content)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[start:])
+
+    def _send_json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        raw = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(raw)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, name="hub", daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+def resolve(model: str, *, endpoint: str, cache: Path, revision: str = "", offline: bool = False) -> tuple[str, str]:
+    """`resolve_model` in a process of its own: the hub client reads its environment once, when it is imported.
+
+    Returns: (folder, error message); one of them is empty.
+    """
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom engines.models.source import ModelSourceError, resolve_model\n"
+        "try:\n    print('FOLDER', resolve_model(sys.argv[1], sys.argv[2], Path(sys.argv[3])))\n"
+        "except ModelSourceError as error:\n    print('ERROR', error.retryable, error)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, model, revision, str(cache)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines, done.stderr
+    kind, _, rest = lines[-1].partition(" ")
+    return (rest, "") if kind == "FOLDER" else ("", "\n".join(lines))
+
+
+def test_hub_id_becomes_a_folder_with_what_serving_reads_and_no_pickles(hub: Hub, tmp_path: Path) -> None:
+    folder, error = resolve("someone/tiny-chat", endpoint=hub.url, cache=tmp_path)
+
+    assert not error
+    assert (Path(folder) / "model.safetensors").read_bytes() == SERVED["model.safetensors"]
+    assert (Path(folder) / "tokenizer.json").read_bytes() == SERVED["tokenizer.json"]
+    assert "pytorch_model.bin" not in hub.fetched
+    assert not [name for name in hub.fetched if name.endswith(".py")]
+
+
+def test_downloaded_model_is_found_again_when_the_hub_is_gone(hub: Hub, tmp_path: Path) -> None:
+    first, _ = resolve("someone/tiny-chat", endpoint=hub.url, cache=tmp_path)
+    num_fetched = len(hub.fetched)
+
+    again, error = resolve("someone/tiny-chat", endpoint=hub.url, cache=tmp_path, offline=True)
+
+    assert (again, error) == (first, "")
+    assert len(hub.fetched) == num_fetched
+
+
+def test_unknown_repository_and_unknown_revision_are_named(hub: Hub, tmp_path: Path) -> None:
+    _, no_repository = resolve("someone/else", endpoint=hub.url, cache=tmp_path)
+    _, no_revision = resolve("someone/tiny-chat", endpoint=hub.url, cache=tmp_path, revision="v9")
+
+    assert "has no such repository" in no_repository
+    assert "no revision 'v9'" in no_revision
+
+
+def test_offline_without_a_copy_says_what_was_tried(tmp_path: Path) -> None:
+    _, error = resolve("someone/tiny-chat", endpoint="http://127.0.0.1:9", cache=tmp_path)
+
+    assert error.startswith("ERROR True")
+    assert "no such folder here" in error
+    assert "http://127.0.0.1:9 could not be reached" in error
+    assert str(tmp_path) in error
