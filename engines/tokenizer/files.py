@@ -18,7 +18,7 @@ from typing import Any, Final
 from engines.tokenizer.errors import BadTokenizer
 
 MAX_TOKENIZER_BYTES: Final = 128 << 20
-MAX_CONFIG_BYTES: Final = 4 << 20
+MAX_CONFIG_BYTES: Final = 32 << 20  # templates are inside; `ChatTemplate` has a limit of its own
 MAX_ADDED_TOKEN_CHARS: Final = 1 << 20
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
