@@ -1,0 +1,328 @@
+"""Prompts: from a wake-up in hand to the engine, and what the engine says of them until they are handed over.
+
+hands --room?--> claim --Claimed--> read the log if it has ids --> Add --> engine
+A claim is made when the engine has room, not when the message arrives: an unclaimed request is still anybody's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+
+from engines.messages import Add, Granted, NoGrant, Peers, Preempted, Pushed, Stop, Tokens
+from engines.params import SamplingParams
+from kvstore.state.entries import TokenLogprobs
+from kvstore.state.replies import Busy, Claimed, Final, Gone, HandedOff, Stale
+from tasks.front.context import FrontContext
+from tasks.front.ends import NO_PAGES_WAIT_S, RequestEnds, end_job
+from tasks.front.hands import Hand, Hands
+from tasks.front.peers import PeerTable
+from tasks.front.ports import JobPort
+from tasks.front.requests import Choice, LiveRequest, Phase
+from tasks.names import decode_queue
+
+log = logging.getLogger(__name__)
+
+SUSPECT_CRASHES = 2  # its workers died twice: it runs alone the third time
+PINNED_AFTER_CLAIMS = 2  # released twice: now it reserves all it can ever need
+History = list[tuple[list[int], list[TokenLogprobs] | None]]
+
+_decode_params = msgspec.msgpack.Decoder(SamplingParams).decode
+
+
+class Claims:
+    """Output thread."""
+
+    def __init__(self, ctx: FrontContext, ends: RequestEnds, peers: PeerTable) -> None:
+        self._ctx = ctx
+        self._ends = ends
+        self._peers = peers
+        self.hands = Hands()
+        self._claiming: dict[str, Hand] = {}
+        self._alone: tuple[LiveRequest, Callable[[], None]] | None = None
+
+    # ---------------------------------------------------------------- room
+    @property
+    def num_claiming(self) -> int:
+        return len(self._claiming)
+
+    def room(self) -> int:
+        """Requests that may be claimed now."""
+        ctx = self._ctx
+        settings = ctx.settings
+        if ctx.ready is None or ctx.is_draining or ctx.options.role == "decode" or self._alone is not None:
+            return 0
+        if ctx.options.role == "prefill":
+            if not self._peers.targets:
+                return 0  # nobody to hand it to: leave it to be claimed by who can
+            limit = min(settings.prefill.max_batch_size, ctx.num_slots)
+            return max(0, limit - self.num_claiming - len(ctx.live))
+        limit = min(settings.decode.max_num_seqs, ctx.num_slots)
+        num_seqs = sum(len(request.choices) for request in ctx.live.values())
+        return max(0, limit - self.num_claiming - num_seqs)
+
+    def submit(self, job: JobPort) -> None:
+        """A wake-up. A second one for a request that is here already only shows it once more."""
+        request = self._ctx.live.get(job.rid)
+        if request is not None:
+            request.jobs.append(job)
+            job.accept(request.started_s)
+        elif job.rid in self._claiming:
+            self._claiming[job.rid].jobs.append(job)
+        else:
+            self.hands.add(job)
+
+    def fill(self) -> None:
+        """Claim what there is room for."""
+        while self.room() > 0:
+            hand = self.hands.take_oldest()
+            if hand is None:
+                return
+            self._claim(hand)
+
+    def start_alone(self) -> None:
+        """The suspect's turn, once nothing else is here."""
+        if self._alone is None:
+            return
+        request, start = self._alone
+        if request.phase is Phase.ENDED:
+            self._alone = None
+        elif request.phase is Phase.ALONE and len(self._ctx.live) == 1 and not self._claiming:
+            request.advance(Phase.COMPUTING)
+            start()
+
+    # ---------------------------------------------------------------- claim
+    def _claim(self, hand: Hand) -> None:
+        ctx, token = self._ctx, self._ctx.identity.next_token()
+        self._claiming[hand.rid] = hand
+        ctx.calls.do(
+            f"claim {hand.rid}",
+            lambda: ctx.store.claim(hand.rid, token),
+            partial(self._claimed, hand, token, ctx.identity.incarnation),
+            lambda error: self._unreadable(hand, error),
+        )
+
+    def _unreadable(self, hand: Hand, error: Exception) -> None:
+        self._claiming.pop(hand.rid, None)
+        self._ends.unreadable(hand.rid, hand.jobs, error)  # type: ignore[arg-type]
+
+    def _claimed(self, hand: Hand, token: str, incarnation: str, reply: Claimed | Busy | Final | Gone) -> None:
+        ctx = self._ctx
+        if not isinstance(reply, Claimed):
+            self._claiming.pop(hand.rid, None)
+            for job in hand.jobs:
+                if isinstance(reply, Busy):
+                    job.succeed("busy")
+                else:
+                    end_job(job, reply)
+            return
+        ctx.hub.send_turns(reply.turns)
+        if incarnation != ctx.identity.incarnation:  # the engine died while the call was out
+            self._give_back(hand, reply.epoch, token, "the engine process died")
+            return
+        if not any(reply.n):
+            self._begin(hand, token, incarnation, reply, [([], None)] * len(reply.n))
+            return
+        has_logprobs = _decode_params(reply.body.params).logprobs is not None
+        ctx.calls.do(
+            f"read the log of {hand.rid}",
+            lambda: self._read_history(hand.rid, len(reply.n), has_logprobs=has_logprobs),
+            partial(self._begin, hand, token, incarnation, reply),
+            lambda error: self._unreadable(hand, error),
+        )
+
+    def _read_history(self, rid: str, k: int, *, has_logprobs: bool) -> History:
+        store = self._ctx.store
+        if not has_logprobs:
+            return [(ids, None) for ids in store.read_ids(rid, k)]
+        history: History = []
+        for c in range(k):
+            entries = store.read_log(rid, c, 0).entries
+            ids = [token_id for entry in entries for token_id in entry.token_ids]
+            known = all(entry.logprobs is not None for entry in entries)
+            history.append((ids, [lp for entry in entries for lp in entry.logprobs or ()] if known else None))
+        return history
+
+    def _give_back(self, hand: Hand, epoch: int, token: str, reason: str) -> None:
+        self._claiming.pop(hand.rid, None)
+        self._ends.give_back(hand.rid, epoch, token)
+        for job in hand.jobs:
+            job.retry(reason)
+
+    def _begin(self, hand: Hand, token: str, incarnation: str, claimed: Claimed, history: History) -> None:
+        ctx, body = self._ctx, claimed.body
+        if incarnation != ctx.identity.incarnation:
+            self._give_back(hand, claimed.epoch, token, "the engine process died")
+            return
+        self._claiming.pop(hand.rid, None)
+        params = _decode_params(body.params)
+        choices = [Choice(ctx.tokenizer, params, c) for c in range(body.k)]
+        for choice, (ids, logprobs), fin in zip(choices, history, claimed.fin, strict=True):
+            choice.restore(ids, logprobs)
+            choice.cursor = len(ids)
+            choice.is_fin_published = fin
+        now = ctx.clock()
+        is_local = ctx.options.role == "both"
+        request = LiveRequest(
+            rid=hand.rid,
+            epoch=claimed.epoch,
+            token=token,
+            mode="local" if is_local else "push",
+            phase=Phase.ALONE if claimed.crash_attempts >= SUSPECT_CRASHES else Phase.COMPUTING,
+            choices=choices,
+            wake_n=claimed.wake_n,
+            deadline_s=now + claimed.remaining_s,
+            started_s=now,
+            jobs=hand.jobs,
+        )
+        ctx.live[hand.rid] = request
+        for job in hand.jobs:
+            job.accept(now)
+        start = partial(self._add, request, claimed, params)
+        if request.phase is Phase.ALONE:
+            log.warning("%s lost its workers %d times: it runs alone", hand.rid, claimed.crash_attempts)
+            self._alone = (request, start)
+            self.start_alone()
+        else:
+            start()
+
+    def _add(self, request: LiveRequest, claimed: Claimed, params: SamplingParams) -> None:
+        ctx, body = self._ctx, claimed.body
+        targets = self._peers.targets
+        if request.mode == "push" and self._peers.take_order_if_new():
+            ctx.link.send(Peers(targets))
+        ctx.link.send(
+            Add(
+                rid=request.rid,
+                epoch=request.epoch,
+                token=request.token,
+                mode="local" if request.mode == "local" else "push",
+                prompt_ids=body.prompt_ids,
+                choices=[choice.ids for choice in request.choices],
+                params=params,
+                seed=body.seed,
+                tenant=body.tenant,
+                priority=body.priority,
+                deadline_s=max(request.deadline_s - ctx.clock(), 0.0),
+                targets=targets if request.mode == "push" else [],
+                reserve_full=claimed.attempts > PINNED_AFTER_CLAIMS,
+            )
+        )
+        self._stop_finished(request)
+        if any(choice.is_unpublished() for choice in request.choices):
+            ctx.dirty.add(request)
+
+    def _stop_finished(self, request: LiveRequest) -> None:
+        """The engine knows eos and lengths; that a stop string has ended a choice only we know."""
+        for choice in request.choices:
+            if choice.is_done:
+                self._ctx.link.send(Stop(request.rid, choice.index))
+
+    # ---------------------------------------------------------------- what the engine says
+    def on_tokens(self, message: Tokens) -> None:
+        ctx = self._ctx
+        for out in message.outs:
+            request = ctx.live.get(out.rid)
+            if request is None:
+                continue  # it left while the step ran
+            if request.choices[out.c].extend(out):
+                ctx.link.send(Stop(out.rid, out.c))
+            ctx.dirty.add(request)
+            if request.mode == "local" and request.phase is Phase.COMPUTING:
+                self._hand_to_self(request)
+
+    def _hand_to_self(self, request: LiveRequest) -> None:
+        """Role both: prompt computed, from here on it decodes, under a token of its own."""
+        ctx, rid, epoch, former = self._ctx, request.rid, request.epoch, request.token
+        token = ctx.identity.next_token()
+        request.advance(Phase.HANDING)
+
+        def answered(reply: HandedOff | Stale | Final | Gone) -> None:
+            if request.phase is Phase.ENDED:
+                if isinstance(reply, HandedOff):
+                    self._ends.give_back(rid, reply.epoch, token)
+                return
+            if not isinstance(reply, HandedOff):
+                self._ends.lost(request, reply)
+                return
+            request.epoch, request.token = reply.epoch, token
+            request.advance(Phase.DECODING)
+            set_cursors(request, reply)
+            ctx.dirty.add(request)
+
+        ctx.calls.do(f"handoff {rid} to itself", lambda: ctx.store.handoff(rid, epoch, former, token), answered)
+
+    def on_granted(self, message: Granted) -> None:
+        """A decode worker promised blocks: show its Celery task there while the prompt is computed."""
+        ctx, request = self._ctx, self._ctx.live.get(message.rid)
+        if request is None:
+            return
+        self._peers.assign(message.node)
+        queue = decode_queue(ctx.model, message.node)
+        remaining_s = max(request.deadline_s - ctx.clock(), 0.0)
+        ctx.hub.send_decode(request.rid, request.wake_n, message.attempt, queue, remaining_s)
+
+    def on_no_grant(self, message: NoGrant) -> None:
+        request = self._ctx.live.get(message.rid)
+        if request is not None:
+            self._ends.released(request, f"no grant: {message.reason}", wait_s=NO_PAGES_WAIT_S)
+
+    def on_preempted(self, message: Preempted) -> None:
+        request = self._ctx.live.get(message.rid)
+        if request is not None:
+            self._ends.released(request, "preempted: the KV blocks ran out", wait_s=NO_PAGES_WAIT_S)
+
+    def on_pushed(self, message: Pushed) -> None:
+        """The end of a push. HANDED: the decode worker owns it; what we could not publish came to it with the KV."""
+        request = self._ctx.live.get(message.rid)
+        if request is None or request.mode != "push":
+            return
+        if message.outcome == "handed" or request.phase is Phase.TAKEN:
+            if all(choice.is_done for choice in request.choices):
+                return  # finished at prefill: the last append ends it
+            self._ends.finished(request, "handed")
+            self._stamp(message)
+        else:
+            self._ends.released(request, f"push {message.outcome}: {message.reason}", wait_s=NO_PAGES_WAIT_S)
+
+    def _stamp(self, message: Pushed) -> None:
+        """Times of the phases, for people; the ages are counted back from now."""
+        ctx, ms = self._ctx, message.timings_ms
+        transfer_s, prefill_s = ms.get("transfer", 0.0) / 1e3, ms.get("prefill", 0.0) / 1e3
+        stamps = {
+            "transferred": 0.0,
+            "prefill_end": transfer_s,
+            "prefill_start": transfer_s + prefill_s,
+            "granted": transfer_s + prefill_s,
+        }
+        ctx.calls.do(f"stamp {message.rid}", lambda: ctx.store.set_phase(message.rid, "", **stamps), lambda _: None)
+
+    # ---------------------------------------------------------------- ends
+    def cancel(self, rid: str) -> list[JobPort]:
+        """Forget a wake-up that is not claimed. Returns its tasks."""
+        hand = self.hands.remove(rid)
+        return [] if hand is None else hand.jobs
+
+    def requeue_hands(self) -> None:
+        """Draining, or no engine: somebody else may take them, under the same ids."""
+        for hand in self.hands.take_all():
+            for job in hand.jobs:
+                job.requeue()
+
+
+def set_cursors(request: LiveRequest, handed: HandedOff) -> None:
+    """Publishing goes on where the log ends; a choice whose end is in the log is over."""
+    for choice, n, fin in zip(request.choices, handed.n, handed.fin, strict=True):
+        choice.cursor = n
+        choice.is_fin_published = choice.is_fin_published or fin
+
+
+def restore_choices(ctx: FrontContext, params: SamplingParams, ids: Sequence[Sequence[int]]) -> list[Choice]:
+    """Choices that came with the KV."""
+    choices = [Choice(ctx.tokenizer, params, c) for c in range(len(ids))]
+    for choice, choice_ids in zip(choices, ids, strict=True):
+        choice.restore(choice_ids)
+    return choices

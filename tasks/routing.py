@@ -1,0 +1,35 @@
+"""Which decode worker gets a sequence. Pure: beats in, an order out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from engines.messages import Target
+from kvstore.state.records import WorkerBeat
+
+
+def is_target(beat: WorkerBeat, *, model: str, compat: str) -> bool:
+    """Whether a worker may be handed sequences of `model` with this KV layout."""
+    agrees = not compat or not beat.address.compat or beat.address.compat == compat
+    return beat.role in ("decode", "both") and beat.model == model and agrees and not beat.draining
+
+
+def rank_targets(
+    beats: Iterable[WorkerBeat], *, model: str, compat: str, host_id: str, assigned: Mapping[str, int] | None = None
+) -> list[Target]:
+    """Decode workers, best first: dedicated ones, this host's, then by free blocks and live sequences, then step time.
+
+    Args:
+        assigned: node -> sequences sent there since its last beat, which the beat cannot know yet.
+    """
+    extra = assigned or {}
+
+    def load(beat: WorkerBeat) -> tuple[bool, bool, float, float, str]:
+        num_seqs = beat.live + extra.get(beat.node, 0)
+        used = 1.0 - beat.free_blocks / beat.num_blocks if beat.num_blocks else 1.0
+        share = num_seqs / beat.max_num_seqs if beat.max_num_seqs else 1.0
+        # The scarcer of the two decides: a node full of long sequences and one full of short ones are equally full.
+        return (beat.role != "decode", beat.address.host_id != host_id, max(used, share), beat.step_ms, beat.node)
+
+    fitting = [beat for beat in beats if is_target(beat, model=model, compat=compat)]
+    return [Target(beat.node, beat.address) for beat in sorted(fitting, key=load)]
