@@ -12,7 +12,7 @@ from tests.conftest import ClockedStore
 from tests.contract.state_requests import DEADLINE_S, FIN, Owned, in_state, item, state_of
 
 
-def let_the_lease_pass(clocked: ClockedStore, owned: Owned) -> None:
+def let_the_lease_pass(clocked: ClockedStore, _owned: Owned) -> None:
     """Reaps as a gateway does, so that the end of the lease is no outage with its grace."""
     clocked.store.reap(0, idle=False)
     clocked.advance(2.1)  # the first reap began a grace: it and the lease end together
@@ -80,7 +80,7 @@ def test_nobody_but_the_owner_changes_a_state(
 
 
 ASKING = {
-    "accept": lambda x, o: x.store.attach(o.rid, "gw-1"),
+    "attach": lambda x, o: x.store.attach(o.rid, "gw-1"),
     "claim": ACTIONS[Event.CLAIMED],
     "append_batch": ACTIONS[Event.LAST_FIN],
     "handoff": ACTIONS[Event.HANDED_OFF],
@@ -89,8 +89,8 @@ ASKING = {
     "release": ACTIONS[Event.RELEASED],
     "finish": ACTIONS[Event.GAVE_UP],
     "cancel": ACTIONS[Event.CANCELLED],
-    "reap": lambda x, o: x.store.reap(0, idle=False),
-    "evict": lambda x, o: x.store.evict("w-1", "exited") if o.state == "PREFILLING" else x.store.evict("w-2", "exited"),
+    "reap": lambda x, _: x.store.reap(0, idle=False),
+    "evict": lambda x, o: x.store.evict(o.token.split(".")[0], "exited"),
     "phase": lambda x, o: x.store.set_phase(o.rid, "transferring"),
 }
 

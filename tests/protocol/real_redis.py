@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import msgspec
 import redis
 
+from kvstore.errors import BadRecord
 from kvstore.state import (
     AppendItem,
     Attached,
@@ -283,7 +284,10 @@ class RealRedis:
                     self.sim.feed(gateway, rid, None, 0, (), 0)
 
     def _ids(self, rid):
-        return self.store.read_ids(key_of(rid), self.choices[rid])
+        try:
+            return self.store.read_ids(key_of(rid), self.choices[rid])
+        except BadRecord as error:
+            self.sim.fail("LOG_BROKEN", str(error))
 
 
 def _append_item(rid, epoch, tok, state, c, index, ids, prefix_hash, fin):

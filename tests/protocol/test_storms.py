@@ -63,7 +63,7 @@ def test_broken_rule_is_caught(mutation: str, caught_by: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "instead", "caught_by"),
     [
-        (DUP_AND_FORK, "", "CLIENT_WRONG_TOKEN"),
+        (DUP_AND_FORK, "", "LOG_BROKEN"),
         ("elseif a[i + 6] ~= rec.hash then", "elseif false then", "CLIENT_WRONG_TOKEN"),
         ("take_over(ctx, rec)\n    end\n  end", "look_at(ctx, rec, grace)\n    end\n  end", "NO_END_IN_TIME"),
         ("elseif ctx.now < grace then", "elseif false then", "TAKEOVER_WITHOUT_CAUSE"),
