@@ -1,0 +1,213 @@
+"""Answers and chunks of both endpoints, made from the same pieces, so that they say the same.
+
+A `Writer` is one call's. `chunks` turns a piece into stream objects; `answer` turns all pieces into one object. It
+does not care who drives it, a thread or an event loop, and holds no socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvstore.state.entries import FinEntry
+from webapp.openai.call import CallNotes, Prompt
+from webapp.openai.logprobs import chat_logprobs, completion_logprobs
+from webapp.openai.pieces import Piece, PieceToken
+from webapp.openai.served_model import ServedModel
+from webapp.openai.usage import Usage
+
+Json = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Writes one call's answer."""
+
+    usage: Usage
+
+    def chunks(self, index: int, piece: Piece) -> list[Json]: ...
+    def last_chunks(self) -> list[Json]: ...
+    def answer(self, choices: Sequence[Sequence[Piece]]) -> Json: ...
+
+
+@dataclass
+class _Head:
+    """What every object of one call repeats."""
+
+    id: str
+    model: ServedModel
+    notes: CallNotes
+    usage: Usage
+    prompts: list[Prompt]
+    first_index: int
+    choices_per_prompt: int
+
+    def head(self, kind: str) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.notes.created,
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
+        }
+
+    def chunk(self, kind: str, choices: list[Json]) -> Json:
+        out = self.head(kind) | {"choices": choices}
+        if self.notes.include_usage:
+            out["usage"] = self.usage.body() if self.notes.continuous_usage_stats else None
+        return out
+
+    def usage_chunk(self, kind: str) -> list[Json]:
+        if not self.notes.include_usage:
+            return []
+        return [self.head(kind) | {"choices": [], "usage": self.usage.body()}]
+
+    def with_ids(self, choice: Json, tokens: Sequence[PieceToken], index: int, *, is_first: bool) -> Json:
+        """`token_ids`, and once per choice `prompt_token_ids`, where they were asked for."""
+        if self.notes.return_token_ids:
+            choice["token_ids"] = [t.token_id for t in tokens]
+            if is_first:
+                choice["prompt_token_ids"] = self.prompt_of(index).token_ids
+        return choice
+
+    def prompt_of(self, index: int) -> Prompt:
+        return self.prompts[(index - self.first_index) // self.choices_per_prompt]
+
+    def count(self, index: int, piece: Piece) -> None:
+        self.usage.completion[index] = piece.num_tokens
+        if piece.fin is not None:
+            prompt = (index - self.first_index) // self.choices_per_prompt
+            self.usage.cached[prompt] = max(piece.fin.cached_tokens, self.usage.cached.get(prompt, 0))
+
+
+class ChatWriter:
+    """`chat.completion` and its chunks."""
+
+    def __init__(self, head: _Head) -> None:
+        self._head = head
+        self.usage = head.usage
+
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
+        self._head.count(index, piece)
+        out: list[Json] = []
+        if piece.is_first:
+            first = _chat_choice(index, {"role": "assistant", "content": ""})
+            out.append(self._chunk(self._head.with_ids(first, (), index, is_first=True)))
+        if piece.text:
+            logprobs = chat_logprobs(piece.tokens, self._head.notes.top_logprobs, self._head.model.tokenizer)
+            choice = _chat_choice(index, {"content": piece.text}, logprobs)
+            out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=False)))
+        if piece.fin is not None:
+            choice = _chat_choice(index, {}) | _ending(piece.fin)
+            out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=False)))
+        return out
+
+    def last_chunks(self) -> list[Json]:
+        return self._head.usage_chunk("chat.completion.chunk")
+
+    def answer(self, choices: Sequence[Sequence[Piece]]) -> Json:
+        for index, pieces in enumerate(choices):
+            for piece in pieces:
+                self._head.count(index, piece)
+        out = [self._choice(index, pieces) for index, pieces in enumerate(choices)]
+        return self._head.head("chat.completion") | {"choices": out, "usage": self.usage.body()}
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        tokens = [t for p in pieces for t in p.tokens]
+        shown = [t for p in pieces if p.text for t in p.tokens]
+        fin = pieces[-1].fin
+        choice = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
+            "logprobs": chat_logprobs(shown, self._head.notes.top_logprobs, self._head.model.tokenizer),
+        }
+        return self._head.with_ids(choice | (_ending(fin) if fin else {}), tokens, index, is_first=True)
+
+    def _chunk(self, choice: Json) -> Json:
+        return self._head.chunk("chat.completion.chunk", [choice])
+
+
+class CompletionWriter:
+    """`text_completion`, streamed or not."""
+
+    def __init__(self, head: _Head) -> None:
+        self._head = head
+        self.usage = head.usage
+        self._offsets: dict[int, int] = {}
+
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
+        self._head.count(index, piece)
+        out: list[Json] = []
+        is_first = piece.is_first
+        echo = self._head.prompt_of(index).echo
+        if is_first:
+            self._offsets[index] = len(echo)
+            if echo:
+                choice = _text_choice(index, echo, None)
+                out.append(self._chunk(self._head.with_ids(choice, (), index, is_first=True)))
+                is_first = False
+        if piece.text:
+            choice = _text_choice(index, piece.text, self._logprobs(index, piece))
+            out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=is_first)))
+            is_first = False
+        if piece.fin is not None:
+            choice = _text_choice(index, "", None) | _ending(piece.fin)
+            out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=is_first)))
+        return out
+
+    def last_chunks(self) -> list[Json]:
+        return self._head.usage_chunk("text_completion")
+
+    def answer(self, choices: Sequence[Sequence[Piece]]) -> Json:
+        for index, pieces in enumerate(choices):
+            for piece in pieces:
+                self._head.count(index, piece)
+        out = [self._choice(index, pieces) for index, pieces in enumerate(choices)]
+        return self._head.head("text_completion") | {"choices": out, "usage": self.usage.body()}
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        echo = self._head.prompt_of(index).echo
+        top = self._head.notes.top_logprobs
+        shown = [t for p in pieces if p.text for t in p.tokens]
+        logprobs = completion_logprobs(shown, top, self._head.model.tokenizer, offset=len(echo))
+        choice = _text_choice(index, echo + "".join(p.text for p in pieces), logprobs)
+        fin = pieces[-1].fin
+        tokens = [t for p in pieces for t in p.tokens]
+        return self._head.with_ids(choice | (_ending(fin) if fin else {}), tokens, index, is_first=True)
+
+    def _logprobs(self, index: int, piece: Piece) -> Json | None:
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(piece.text)
+        return completion_logprobs(
+            piece.tokens, self._head.notes.top_logprobs, self._head.model.tokenizer, offset=offset
+        )
+
+    def _chunk(self, choice: Json) -> Json:
+        return self._head.chunk("text_completion", [choice])
+
+
+def make_writer(
+    *,
+    id: str,
+    model: ServedModel,
+    notes: CallNotes,
+    prompts: list[Prompt],
+    choices_per_prompt: int,
+    first_index: int = 0,
+) -> Writer:
+    """The writer of a call, or of one request of it whose first choice has `first_index`."""
+    usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
+    head = _Head(id, model, notes, usage, prompts, first_index, choices_per_prompt)
+    return ChatWriter(head) if notes.api == "chat" else CompletionWriter(head)
+
+
+def _chat_choice(index: int, delta: Json, logprobs: Json | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def _text_choice(index: int, text: str, logprobs: Json | None) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
+
+
+def _ending(fin: FinEntry) -> Json:
+    return {"finish_reason": fin.reason, "stop_reason": None if fin.stop_reason == "" else fin.stop_reason}

@@ -1,0 +1,102 @@
+"""What the gateway knows of the model it serves: its name, tokenizer, context and identity. No weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ModelSettings
+from engines.models.source import resolve_model
+from engines.tokenizer import Tokenizer
+from webapp.errors import ApiError, InvalidRequest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(/[A-Za-z0-9][A-Za-z0-9._:@-]*)*")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model. `max_model_len` counts prompt and output tokens together."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_model_len: int
+    fingerprint: str
+    longest_token_bytes: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def card(self) -> dict[str, Any]:
+        """The object of `/v1/models`."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "celeriac",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self.max_model_len,
+            "permission": [],
+        }
+
+    def check_name(self, name: Any) -> None:
+        """Absent is the only model there is.
+
+        Raises:
+            ApiError: 400 for what cannot be a name, 404 `model_not_found`. The name is never used as a path.
+        """
+        if name is None or name == self.name:
+            return
+        if not isinstance(name, str):
+            raise InvalidRequest("invalid_type", "model must be a string", param="model")
+        if len(name) > 256 or not _NAME.fullmatch(name):
+            message = "model must be a name of 1 to 256 letters, digits and any of . _ : @ - /"
+            raise InvalidRequest("invalid_value", message, param="model")
+        message = f"model {name!r} is not served here; GET /v1/models lists what is"
+        raise ApiError(404, "model_not_found", message, param="model")
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
+        """The output tokens that a choice may have: what was asked, or the rest of the context.
+
+        Raises:
+            InvalidRequest: `context_length_exceeded`, with all three numbers.
+        """
+        rest = self.max_model_len - num_prompt_tokens
+        if rest < 1 or (max_tokens or 0) > rest:
+            asked = "" if max_tokens is None else f" and {max_tokens} output tokens are requested"
+            message = (
+                f"the prompt has {num_prompt_tokens} tokens{asked}, but the context of {self.name} holds "
+                f"{self.max_model_len} in all; shorten the prompt or lower {param}"
+            )
+            raise InvalidRequest("context_length_exceeded", message)
+        return rest if max_tokens is None else max_tokens
+
+
+def load_served_model(settings: ModelSettings, *, version: str) -> ServedModel:
+    """Reads the tokenizer and the context length of the configured model.
+
+    Raises:
+        OSError, ValueError: the folder or hub id cannot be read (see `engines.models.source`).
+    """
+    folder = resolve_model(settings.path, settings.revision)
+    tokenizer = Tokenizer.from_folder(folder)
+    identity = "|".join((tokenizer.digest, settings.dtype, _digest(folder / "config.json"), version))
+    return ServedModel(
+        name=settings.name,
+        tokenizer=tokenizer,
+        max_model_len=settings.max_model_len or _context_of(folder),
+        fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
+        longest_token_bytes=max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)),
+    )
+
+
+def _context_of(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return int(config["max_position_embeddings"])
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
