@@ -1,0 +1,179 @@
+"""A whole run against a small OpenAI-like server in the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from benchmarks.client import RequestRecord
+from benchmarks.cluster import describe_layout
+from benchmarks.load import Fixed, LoadSpec, PlannedRequest
+from benchmarks.machine import describe_machine
+from benchmarks.report import plot_rows, result_object, to_json
+from benchmarks.serve import Run, Slo, run_load, summarize_run
+from benchmarks.stats import Ratio
+
+SPEC = LoadSpec(float("inf"), Fixed(7), Fixed(3), num_requests=4)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def sse(*events: dict[str, Any] | str) -> str:
+    return "".join(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events)
+
+
+def chunk(text: str) -> dict[str, Any]:
+    return {"id": "cmpl-1", "choices": [{"index": 0, "text": text}]}
+
+
+def usage(num_tokens: int) -> dict[str, Any]:
+    return {"id": "cmpl-1", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": num_tokens}}
+
+
+GOOD = sse(chunk("a"), chunk("b"), chunk("c"), usage(3), "[DONE]")
+
+
+class FakeServer:
+    """Answers every completion with the same bytes."""
+
+    def __init__(self, answer: str, status: int = 200) -> None:
+        self._answer = answer
+        self._status = status
+        self.bodies: list[dict[str, Any]] = []
+        self.num_live = 0
+        self.max_live = 0
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        self.bodies.append(await request.json())
+        self.num_live += 1
+        self.max_live = max(self.max_live, self.num_live)
+        for _ in range(20):  # let the others in
+            await asyncio.sleep(0)
+        self.num_live -= 1
+        return web.Response(text=self._answer, status=self._status, content_type="text/event-stream")
+
+    def run(self, spec: LoadSpec = SPEC, **kwargs: Any) -> Run:
+        async def main() -> Run:
+            app = web.Application()
+            app.router.add_get("/v1/models", self._models)
+            app.router.add_post("/tokenize", self._tokenize)
+            app.router.add_post("/v1/completions", self.complete)
+            app.router.add_get("/v1/requests/{id}", self._request)
+            runner = web.AppRunner(app)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            port = runner.addresses[0][1]
+            try:
+                return await run_load(f"http://127.0.0.1:{port}", spec, **kwargs)
+            finally:
+                await runner.cleanup()
+
+        return asyncio.run(main())
+
+    async def _models(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+    async def _tokenize(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response({"tokens": list(range(10, 90))})
+
+    async def _request(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response({"timings_ms": {"queue": 1.5, "prefill": 2.5, "transfer": None}})
+
+
+def row_of(run: Run, slo: Slo | None = None) -> dict[str, Any]:
+    return summarize_run(run, layout="1 both", rate_rps=2.0, slo=slo or Slo())
+
+
+def test_run_counts_tokens_and_phases_of_every_request() -> None:
+    server = FakeServer(GOOD)
+
+    row = row_of(server.run())
+
+    assert (row["num_requests"], row["num_ok"], row["errors"], row["model"]) == (4, 4, {}, "tiny")
+    assert row["output_tokens_per_s"] == pytest.approx(12 / row["duration_s"])
+    assert row["itl_ms"]["num"] == 8
+    assert row["phases_ms"]["queue"]["p50"] == 1.5
+    assert sorted(row["phases_ms"]) == ["prefill", "queue"]
+
+
+def test_prompts_have_their_lengths_and_are_all_different() -> None:
+    server = FakeServer(GOOD)
+    server.run()
+
+    assert {len(body["prompt"]) for body in server.bodies} == {7}
+    assert {body["max_tokens"] for body in server.bodies} == {3}
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == 4
+
+
+def test_concurrency_limit_holds() -> None:
+    server = FakeServer(GOOD)
+    server.run(concurrency_limit=2)
+
+    assert server.max_live == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "error"),
+    [
+        ("", 429, "http_429"),
+        (sse(chunk("a"), {"error": {"code": "engine_lost"}}, "[DONE]"), 200, "engine_lost"),
+        (sse(chunk("a")), 200, "cut_stream"),
+        (sse("[DONE]"), 200, "no_tokens"),
+    ],
+)
+def test_failures_are_counted_by_their_code(answer: str, status: int, error: str) -> None:
+    row = row_of(FakeServer(answer, status).run())
+
+    assert row["errors"] == {error: 4}
+    assert (row["num_ok"], row["goodput_rps"]) == (0, 0.0)
+
+
+def record(idx: int, *, lag_s: float = 0.0, ttft_s: float = 0.1, tpot_s: float = 0.01) -> RequestRecord:
+    sent_s = 10.0 + lag_s
+    stamps = [sent_s + ttft_s + k * tpot_s for k in range(5)]
+    return RequestRecord(PlannedRequest(idx, 0.0, 1, 5, 0), 10.0, sent_s, stamps[-1], stamps, 1, 5)
+
+
+def test_goodput_counts_requests_that_met_every_target() -> None:
+    records = [record(0), record(1, ttft_s=0.3), record(2, tpot_s=0.05), record(3)]
+
+    row = row_of(Run(records, 2.0, "tiny"), Slo(ttft_ms=200, tpot_ms=20))
+
+    assert row["goodput_rps"] == 1.0
+    assert row["slo_attainment"] == 0.5
+
+
+def test_late_generator_makes_the_run_void() -> None:
+    assert not row_of(Run([record(k, lag_s=0.004) for k in range(4)], 1.0, "tiny"))["is_void"]
+    assert row_of(Run([record(k, lag_s=0.006) for k in range(4)], 1.0, "tiny"))["is_void"]
+
+
+def test_json_has_the_machine_the_rows_and_the_ratios() -> None:
+    row = row_of(Run([record(0)], 1.0, "tiny"))
+
+    result = json.loads(to_json(result_object(describe_machine(), [row], {"ttft_p50": Ratio(1.1, 1.0, 1.2, 1.05)})))
+
+    assert result["machine"]["num_cores"] >= 1
+    assert result["rows"][0]["layout"] == "1 both"
+    assert result["rows"][0]["slo"] == {"ttft_ms": None, "tpot_ms": None}
+    assert result["ratios"]["ttft_p50"] == {
+        "value": 1.1, "low": 1.0, "high": 1.2, "goal": 1.05, "verdict": "not resolvable here",
+    }  # fmt: skip
+
+
+def test_plot_is_written(tmp_path: Path) -> None:
+    plot_rows(tmp_path / "plot.svg", [row_of(Run([record(0)], 1.0, "tiny"))])
+
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_layout_counts_roles() -> None:
+    workers = [{"role": role, "node": f"{role[0]}{k}@host"} for k, role in enumerate(["decode", "prefill", "decode"])]
+
+    assert describe_layout(workers) == "1 prefill + 2 decode"
