@@ -19,7 +19,7 @@ from kvstore.state import Accepted, Cancelled, EmbeddedValkey, Gone, Ok, RenewIt
 from kvstore.state.keys import log_key, record_key
 from kvstore.state.library import production
 from tests.conftest import ClockedStore
-from tests.contract.state_requests import Owned, accepted, claimed, item, make_request, state_of
+from tests.contract.state_requests import DEADLINE_S, Owned, accepted, claimed, item, make_request, state_of
 
 
 def test_record_of_another_type_harms_only_itself(clocked: ClockedStore) -> None:
@@ -66,6 +66,18 @@ def test_reaper_puts_an_unreadable_record_aside_and_goes_on(clocked: ClockedStor
     ((_, entry),) = clocked.raw.xrange("cel:{s00}:quarantine")
     assert entry == {b"rid": bad.encode(), b"why": b"state SLEEPING"}
     assert clocked.raw.hget(record_key(bad), "state") == b"SLEEPING", "kept for whoever looks"
+
+
+def test_record_of_a_newer_version_is_left_alone(clocked: ClockedStore) -> None:
+    rid = accepted(clocked.store)
+    clocked.raw.hset(record_key(rid), "schema", "2")
+    before = clocked.raw.hgetall(record_key(rid))
+    clocked.advance(2 * DEADLINE_S)
+
+    assert clocked.store.reap(0, idle=True).turns == []
+    assert clocked.raw.hgetall(record_key(rid)) == before
+    assert clocked.raw.zrange("cel:{s00}:live", 0, -1) == [rid.encode()]
+    assert clocked.raw.zrange("cel:{s00}:dispatched", 0, -1) == [rid.encode()]
 
 
 def test_garbled_log_fails_its_reader_with_the_request_named(clocked: ClockedStore) -> None:

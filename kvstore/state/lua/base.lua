@@ -129,7 +129,8 @@ local function finish(ctx, rec, state, reason)
   rec.state, rec.owners, rec.reason = state, {}, reason
 end
 
--- A readable record in any state, or nil and the reply GONE | BADREC. With `c`, the fields of that choice too.
+-- A readable record in any state, or nil and the reply GONE | BADREC(why, 1 if of a newer schema). With `c`, the fields
+-- of that choice too.
 local function read(ctx, rid, c)
   c = c or '0'
   local key = ctx.p .. 'req:' .. rid
@@ -137,7 +138,10 @@ local function read(ctx, rid, c)
     'h:' .. c, 'f:' .. c, 't:first_token', 'reason')
   if r.err then return nil, {'BADREC', key .. ' is no hash'} end
   if r[1] ~= SCHEMA then
-    if r[1] then return nil, {'BADREC', 'schema ' .. r[1] .. ', expected ' .. SCHEMA} end
+    if r[1] then
+      local newer = (tonumber(r[1]) or 0) > tonumber(SCHEMA)
+      return nil, {'BADREC', 'schema ' .. r[1] .. ', expected ' .. SCHEMA, newer and 1 or 0}
+    end
     if redis.call('EXISTS', key) == 0 then return nil, {'GONE'} end
     return nil, {'BADREC', 'no field schema'}
   end

@@ -55,8 +55,13 @@ end
 local function look(ctx, rid, grace)
   local rec, reply = live(ctx, rid)
   if not rec then
-    if reply[1] == 'BADREC' then quarantine(ctx, rid, reply[2]) end
-    redis.call('ZREM', ctx.p .. 'live', rid)
+    if reply[1] ~= 'BADREC' then
+      redis.call('ZREM', ctx.p .. 'live', rid)
+    elseif reply[3] == 1 then
+      redis.call('ZADD', ctx.p .. 'live', ctx.now + LOOK_MS, rid)          -- a newer version's: its reaper cares for it
+    else
+      quarantine(ctx, rid, reply[2])
+    end
   elseif rec.state == 'QUEUED' then
     if redis.call('ZSCORE', ctx.p .. 'dispatched', rid) then
       look_at(ctx, rec, ctx.now + look_interval_ms(ctx))         -- its repeats are the audit's
@@ -78,9 +83,9 @@ end
 -- The oldest wake-ups: a place held for nobody is given back, a message that got lost is sent again.
 local function audit(ctx, idle)
   for _, rid in ipairs(redis.call('ZRANGE', ctx.p .. 'dispatched', 0, AUDIT - 1)) do
-    local rec = live(ctx, rid)
+    local rec, reply = live(ctx, rid)
     if not rec or rec.state ~= 'QUEUED' then
-      redis.call('ZREM', ctx.p .. 'dispatched', rid)
+      if not (reply and reply[3] == 1) then redis.call('ZREM', ctx.p .. 'dispatched', rid) end
     else
       local r = redis.call('HMGET', rec.key, 'wake_at', 'woken_at', 'patience', 'wakes')
       local wake_at, woken_at = tonumber(r[1]) or 0, tonumber(r[2]) or 0
