@@ -1,0 +1,66 @@
+"""From settings to a loaded model: which device, which dtype, which module."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from engines.errors import DeviceUnavailable
+from engines.models.config import ModelConfig
+from engines.models.llama import LlamaModel
+from engines.models.loader import Progress, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(asked: str) -> str:
+    """The torch device for the setting `device` (auto, cpu, cuda).
+
+    Raises:
+        DeviceUnavailable: cuda was asked for. The KV region of this version is host memory, shared between processes.
+    """
+    if asked in ("auto", "cpu"):
+        return "cpu"
+    raise DeviceUnavailable(
+        asked=asked,
+        why="the KV region of this version lies in host memory, so the engine runs on the CPU",
+        hint="Set `device: cpu` or `auto`.",
+    )
+
+
+def choose_dtype(asked: str, device: str) -> torch.dtype:
+    """The dtype of weights and KV. `auto`: bfloat16 where the CPU multiplies it in hardware, else float32.
+
+    Raises:
+        DeviceUnavailable: a dtype that the engine does not have.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if asked == "auto":
+        # Emulated bfloat16 is several times slower than float32 and less exact.
+        return torch.bfloat16 if device == "cpu" and _has_bfloat16() else torch.float32
+    if asked not in known:
+        raise DeviceUnavailable(asked=asked, why="no such dtype here", hint=f"Set `dtype` to auto, {', '.join(known)}.")
+    return known[asked]
+
+
+def _has_bfloat16() -> bool:
+    flags = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in flags and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def build_engine_model(
+    folder: Path, *, dtype: torch.dtype, device: str = "cpu", progress: Progress | None = None
+) -> tuple[LlamaModel, ModelConfig]:
+    """Read config and weights of a model folder. Blocks until all is in memory.
+
+    Raises:
+        ModelError: the folder cannot be served; the message says what is wrong with which file.
+    """
+    started_s = time.monotonic()
+    config = ModelConfig.from_folder(folder)
+    model = LlamaModel(config, load_weights(folder, config, dtype=dtype, device=device, progress=progress))
+    logger.info("%s: loaded as %s in %.2f s", folder, str(dtype).removeprefix("torch."), time.monotonic() - started_s)
+    return model, config

@@ -1,0 +1,64 @@
+"""The KV memory of one engine as a tensor over a shared region, which the KV transport reads and writes as bytes.
+
+    kv[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]      (2: keys, values)
+
+Block-major, so a block is one contiguous run of bytes and so is a group of its layers; this is also the wire layout.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engines.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from kvstore.transport import KVRegion
+
+
+class KVTensor:
+    """Owned by the engine thread. `kv` may be any tensor of the layout; `shared` is the region beneath it, if any."""
+
+    def __init__(self, kv: Tensor, shared: KVRegion | None = None) -> None:
+        self.kv = kv
+        self._shared = shared
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of `block_size` tokens, keys and values of all layers."""
+        return config.num_layers * 2 * config.kv_size * block_size * dtype.itemsize
+
+    @classmethod
+    def create(cls, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVTensor:
+        """Allocate a shared region (a memfd) and see it as a tensor."""
+        from kvstore.transport import KVRegion  # here, so that models and attention run without the transports
+
+        layer_bytes = cls.bytes_per_block(config, block_size, dtype) // config.num_layers
+        shared = KVRegion.create(num_blocks, config.num_layers, layer_bytes)
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        return cls(torch.frombuffer(shared.buffer, dtype=dtype).view(shape), shared)
+
+    @property
+    def shared(self) -> KVRegion:
+        assert self._shared is not None, "this KVTensor was made from a plain tensor"
+        return self._shared
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.kv.shape[4]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination) each, all layers. No destination may be a source of this call."""
+        if pairs:
+            sources, destinations = zip(*pairs, strict=True)
+            self.kv[list(destinations)] = self.kv[list(sources)]
+
+    def zero_tail(self, block: int, from_offset: int) -> None:
+        """Zero the tokens [from_offset, block_size) of a block, all layers."""
+        self.kv[block, :, :, :, from_offset:] = 0

@@ -1,0 +1,261 @@
+"""What config.json of a Llama-type model says, checked. No torch, no weights, no code of the model's folder.
+
+family    architectures[0]       q/k/v bias         o bias             q/k norm   mlp bias
+llama     LlamaForCausalLM       attention_bias     attention_bias     no         mlp_bias
+mistral   MistralForCausalLM     no                 no                 no         no
+qwen2     Qwen2ForCausalLM       yes                no                 no         no
+qwen3     Qwen3ForCausalLM       attention_bias     attention_bias     yes        no
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from engines.errors import BadModelConfig, UnsupportedModel
+
+FAMILIES: Final = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+ROPE_KINDS: Final = ("default", "linear", "llama3")
+_MOE_FIELDS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+_DEFAULT_ROPE_THETA: Final = 10_000.0  # transformers' default for all four families
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: `factor` and the fields after it are used by `linear` (factor) and `llama3` (all)."""
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shapes and switches of one model. Every field is checked: a ModelConfig can be built."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    mlp_bias: bool
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read config.json and, for the end tokens, generation_config.json.
+
+        Raises:
+            BadModelConfig: a field is missing or breaks a rule.
+            UnsupportedModel: another architecture, custom code, quantised weights, another rope or attention.
+        """
+        fields = _Fields(folder / "config.json")
+        family = _family(fields)
+        _refuse_quantised(fields)
+        _refuse_windows(fields, family)
+        if fields.get("hidden_act", "silu") != "silu":
+            raise fields.unsupported(f"activation {fields.get('hidden_act')!r}", "Supported: silu.")
+        hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        num_kv_heads = fields.count("num_key_value_heads", default=num_heads)
+        if num_heads % num_kv_heads:
+            raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+        max_positions = fields.count("max_position_embeddings")
+        vocab_size = fields.count("vocab_size")
+        attention_bias = fields.flag("attention_bias")
+        return cls(
+            family=family,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=fields.count("intermediate_size"),
+            num_layers=fields.count("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=_head_dim(fields, hidden_size, num_heads),
+            rms_norm_eps=fields.positive("rms_norm_eps", default=1e-6),
+            max_position_embeddings=max_positions,
+            rope=_rope(fields),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and attention_bias),
+            o_bias=family in ("llama", "qwen3") and attention_bias,
+            qk_norm=family == "qwen3",
+            mlp_bias=family == "llama" and fields.flag("mlp_bias"),
+            eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
+        )
+
+
+class _Fields:
+    """One JSON object of a folder, read field by field; faults name the file and the field."""
+
+    def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self._raw = _read_object(path) if raw is None else raw
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self._raw.get(name)
+        return default if value is None else value
+
+    def bad(self, name: str, rule: str) -> BadModelConfig:
+        return BadModelConfig(self.path, field=name, found=self._raw.get(name), rule=rule)
+
+    def unsupported(self, what: str, supported: str) -> UnsupportedModel:
+        return UnsupportedModel(self.path, f"{what} is not supported", supported)
+
+    def count(self, name: str, *, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if type(value) is not int or value <= 0:
+            raise self.bad(name, "a whole number > 0")
+        return value
+
+    def positive(self, name: str, *, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self.bad(name, "a number > 0")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name, False)
+        if type(value) is not bool:
+            raise self.bad(name, "true or false")
+        return value
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadModelConfig(path, field="(file)", found=str(error), rule="a readable file") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BadModelConfig(path, field="(file)", found=str(error), rule="JSON in UTF-8") from error
+    if not isinstance(raw, dict):
+        raise BadModelConfig(path, field="(file)", found=type(raw).__name__, rule="a JSON object")
+    return raw
+
+
+def _family(fields: _Fields) -> str:
+    supported = f"Supported: {', '.join(FAMILIES)}."
+    if auto_map := fields.get("auto_map"):
+        files = sorted({str(target).split("--")[-1].split(".")[0] + ".py" for target in _flat_values(auto_map)})
+        raise UnsupportedModel(
+            fields.path,
+            f"`auto_map` asks to run the folder's own code ({', '.join(files)})",
+            f"Code of a model folder is never run. {supported}",
+        )
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise fields.bad("architectures", f"a list with one of {', '.join(FAMILIES)}")
+    family = FAMILIES.get(str(architectures[0]))
+    if family is None:
+        raise fields.unsupported(f"architecture {architectures[0]!r}", supported)
+    for name in _MOE_FIELDS:
+        if fields.get(name):
+            raise fields.unsupported(f"a mixture of experts (`{name}` = {fields.get(name)!r})", supported)
+    return family
+
+
+def _flat_values(auto_map: Any) -> list[str]:
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    return [str(v) for value in values for v in (value if isinstance(value, list) else [value]) if v]
+
+
+def _refuse_quantised(fields: _Fields) -> None:
+    for name in ("quantization_config", "compression_config"):
+        if quantisation := fields.get(name):
+            kind = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+            raise fields.unsupported(
+                f"a checkpoint quantised with {kind!r} (`{name}`)",
+                "Use the repository with bfloat16 or float32 weights.",
+            )
+
+
+def _refuse_windows(fields: _Fields, family: str) -> None:
+    """Attention is full. A window that is switched off, or as wide as the context, changes nothing."""
+    layer_types = fields.get("layer_types", [])
+    other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
+    if other:
+        raise fields.unsupported(f"layer type {', '.join(other)} (`layer_types`)", "Supported: full_attention.")
+    window = fields.get("sliding_window")
+    is_used = fields.flag("use_sliding_window") if family.startswith("qwen") else family == "mistral"
+    if window is not None and is_used and window < fields.count("max_position_embeddings"):
+        raise fields.unsupported(f"sliding-window attention (`sliding_window` = {window})", "Supported: null.")
+    if fields.get("partial_rotary_factor", 1.0) != 1.0:
+        raise fields.unsupported(
+            "a rotary embedding of a part of each head (`partial_rotary_factor`)", "Supported: 1.0."
+        )
+
+
+def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:
+    if fields.get("head_dim") is None and hidden_size % num_heads:
+        raise fields.bad("num_attention_heads", f"a divisor of hidden_size ({hidden_size}), or an explicit head_dim")
+    head_dim = fields.count("head_dim", default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise fields.bad("head_dim", "an even number (rotary embedding turns pairs)")
+    return head_dim
+
+
+def _rope(fields: _Fields) -> RopeConfig:
+    """`rope_parameters` (transformers 5) before `rope_theta` and `rope_scaling` (older)."""
+    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    raw = fields.get(name, {})
+    if not isinstance(raw, dict):
+        raise fields.bad(name, "an object")
+    if any(isinstance(value, dict) for value in raw.values()):
+        raise fields.unsupported(f"a rope per layer type (`{name}`)", "Supported: one rope for all layers.")
+    rope = _Fields(fields.path, raw)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise fields.unsupported(f"rope type {kind!r} (`{name}`)", f"Supported: {', '.join(ROPE_KINDS)}.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise fields.unsupported(f"a rotary embedding of a part of each head (`{name}`)", "Supported: 1.0.")
+    theta = rope.positive("rope_theta", default=fields.positive("rope_theta", default=_DEFAULT_ROPE_THETA))
+    if kind == "default":
+        return RopeConfig(kind, theta)
+    factor = rope.positive("factor")
+    if kind == "linear":
+        return RopeConfig(kind, theta, factor)
+    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
+    if high <= low:
+        raise rope.bad("high_freq_factor", f"a number > low_freq_factor ({low})")
+    return RopeConfig(kind, theta, factor, low, high, rope.count("original_max_position_embeddings"))
+
+
+def _eos_token_ids(folder: Path, fields: _Fields, vocab_size: int) -> tuple[int, ...]:
+    """All of generation_config.json's, else config.json's. None is allowed: then only lengths and stops end a text."""
+    source = fields
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        candidate = _Fields(generation)
+        if candidate.get("eos_token_id") is not None:
+            source = candidate
+    eos = source.get("eos_token_id", [])
+    ids = eos if isinstance(eos, list) else [eos]
+    if any(type(token_id) is not int or not 0 <= token_id < vocab_size for token_id in ids):
+        raise source.bad("eos_token_id", f"ids in 0..{vocab_size - 1}")
+    return tuple(dict.fromkeys(ids))

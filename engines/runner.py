@@ -1,0 +1,149 @@
+"""Runs one step: from a plan to a packed batch, through the model, to sampled tokens. Owns no decision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.attention.backend import AttentionMetadata, AttentionRow
+from engines.attention.torch_backend import TorchAttention
+from engines.errors import ForwardFailed, NonFiniteLogits
+from engines.kv_region import KVTensor
+from engines.models.llama import LlamaModel
+from engines.sampling.row import SamplingRow
+from engines.sampling.sampler import Sampler
+from engines.scheduler.plan import ScheduledSequence, StepPlan
+from engines.sequence import Sequence
+from kvstore.state.entries import TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """New tokens of a sequence that reached its end: `num_samples` of them, choice `sequence.choice + j` each.
+
+    `logprobs` goes with `token_ids`, or is None where the request wants none.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`sampled` has an item for each scheduled sequence that samples, in the order of the plan."""
+
+    step_id: int
+    sampled: list[SampledTokens]
+
+
+class ModelRunner:
+    """Owned by the engine thread. The only code that writes KV, apart from the transport's arrivals."""
+
+    def __init__(self, model: LlamaModel, region: KVTensor, *, device: str, dtype: torch.dtype) -> None:
+        assert model.dtype == dtype == region.kv.dtype, (model.dtype, dtype, region.kv.dtype)
+        self._model = model
+        self._region = region
+        self._device = device
+        self._attention = TorchAttention(region.kv)
+        self._sampler = Sampler(model.config.eos_token_ids)
+
+    def run(
+        self, plan: StepPlan, *, on_layers: Callable[[int, int], None] | None = None, layer_group: int = 0
+    ) -> StepResult:
+        """Compute the KV of all scheduled tokens, and a token for each sequence that reaches its last one. Blocks.
+
+        Args:
+            on_layers: called with (lo, hi) when the KV of layers [lo, hi) is in the region; 0 groups all layers.
+
+        Raises:
+            ForwardFailed: torch gave up. The KV of this step's tokens is not to be used.
+            NonFiniteLogits: an output is NaN; no token of this step was sampled.
+        """
+        try:
+            with torch.inference_mode():
+                hidden = self._forward(plan, on_layers, layer_group)
+                return StepResult(plan.step_id, self._sample(plan, hidden))
+        except RuntimeError as error:
+            logger.exception("step %d failed", plan.step_id)
+            raise ForwardFailed(step_id=plan.step_id, num_tokens=plan.num_tokens, detail=str(error)) from error
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the KV of whole blocks, (source, destination) each."""
+        with torch.inference_mode():
+            self._region.copy_blocks(pairs)
+
+    def zero_tail(self, block: int, from_offset: int) -> None:
+        """Zero a block's tokens from `from_offset` on, so that no other sequence's KV leaves with it."""
+        with torch.inference_mode():
+            self._region.zero_tail(block, from_offset)
+
+    def _forward(self, plan: StepPlan, on_layers: Callable[[int, int], None] | None, layer_group: int) -> Tensor:
+        ids = np.concatenate([_new_ids(item) for item in plan.scheduled])
+        spans = [(item.start, item.start + item.num_new_tokens) for item in plan.scheduled]
+        positions = np.concatenate([np.arange(start, end) for start, end in spans])
+        self._attention.begin_step(
+            AttentionMetadata(
+                tuple(AttentionRow(i.start, i.num_new_tokens, i.sequence.block_table) for i in plan.scheduled),
+                self._on_device(np.concatenate([self._slots(item) for item in plan.scheduled])),
+            )
+        )
+        return self._model.forward(
+            self._on_device(ids),
+            self._on_device(positions),
+            self._attention,
+            on_layers=on_layers,
+            layer_group=layer_group,
+        )
+
+    def _slots(self, item: ScheduledSequence) -> np.ndarray:
+        block_size = self._region.block_size
+        positions = np.arange(item.start, item.start + item.num_new_tokens)
+        first, last = item.start // block_size, int(positions[-1]) // block_size
+        table = np.array(item.sequence.block_table[first : last + 1], dtype=np.int64)
+        return table[positions // block_size - first] * block_size + positions % block_size
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _sample(self, plan: StepPlan, hidden: Tensor) -> list[SampledTokens]:
+        ends = np.cumsum([item.num_new_tokens for item in plan.scheduled]) - 1
+        samplers = [(item.sequence, int(end)) for item, end in zip(plan.scheduled, ends, strict=True) if item.samples]
+        logit_of: list[int] = []
+        rows: list[SamplingRow] = []
+        with_rows = [(sequence, end) for sequence, end in samplers if sequence.num_samples > 0]
+        if not with_rows:
+            return [SampledTokens(sequence, [], None) for sequence, _ in samplers]
+        for k, (sequence, _) in enumerate(with_rows):
+            logit_of += [k] * sequence.num_samples
+            rows += [_row(sequence, sequence.choice + j) for j in range(sequence.num_samples)]
+        logits = self._model.logits(hidden[[end for _, end in with_rows]])
+        # NaN wins every maximum, so one look at the maxima finds all of them.
+        if bool(logits.amax(-1).isnan().any()):
+            broken = logits.amax(-1).isnan().tolist()
+            names = [s.rid for (s, _), is_broken in zip(with_rows, broken, strict=True) if is_broken]
+            raise NonFiniteLogits(request_ids=names)
+        if len(rows) != len(with_rows):
+            logits = logits[logit_of]
+        token_ids, logprobs = self._sampler.sample(logits, rows)
+        sampled, at = [], 0
+        for sequence, _ in samplers:
+            lo, at = at, at + sequence.num_samples
+            found = [entry for entry in logprobs[lo:at] if entry is not None]
+            sampled.append(SampledTokens(sequence, token_ids[lo:at], found or None))
+        return sampled
+
+
+def _new_ids(item: ScheduledSequence) -> np.ndarray:
+    return np.array(item.sequence.token_slice(item.start, item.start + item.num_new_tokens), dtype=np.int64)
+
+
+def _row(sequence: Sequence, choice: int) -> SamplingRow:
+    return SamplingRow(sequence.params, sequence.seed, choice, sequence.prompt_token_ids, sequence.output_token_ids)

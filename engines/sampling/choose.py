@@ -1,0 +1,96 @@
+"""The random choice: temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution.
+
+Sorting a whole vocabulary is what sampling costs, and nearly always the choice falls into the few likeliest tokens. So
+only those are sorted first, with their true probabilities (the normaliser is a sum over the whole row). A row is decided
+by them when nothing beyond them can change its result; else it is done again with everything sorted. Both give the same
+token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_CANDIDATES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Per row, `[num_rows]` float64 (`top_k` int64, 0 is off). `uniform` in [0, 1) makes the choice."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    uniform: Tensor
+
+    def of_rows(self, row_idx: Tensor) -> Filters:
+        return Filters(
+            self.temperature[row_idx],
+            self.top_k[row_idx],
+            self.top_p[row_idx],
+            self.min_p[row_idx],
+            self.uniform[row_idx],
+        )
+
+
+def choose(logits: Tensor, filters: Filters) -> Tensor:
+    """`[num_rows]` int64 token ids for `logits` `[num_rows, vocab]` fp32. Equal logits are ordered by lowest id."""
+    vocab_size = logits.shape[1]
+    if vocab_size <= NUM_CANDIDATES:
+        return _choose_among(logits, filters, vocab_size)[0]
+    tokens, is_decided = _choose_among(logits, filters, NUM_CANDIDATES)
+    if not bool(is_decided.all()):
+        rest = (~is_decided).nonzero().flatten()
+        tokens[rest] = _choose_among(logits[rest], filters.of_rows(rest), vocab_size)[0]
+    return tokens
+
+
+def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """(token ids, whether the candidates beyond these could not have changed them)."""
+    is_all = num_candidates == logits.shape[1]
+    scaled = logits.double() / filters.temperature[:, None]
+    values, ids = _sorted_candidates(scaled, num_candidates)
+    rank = torch.arange(num_candidates)
+    probs = torch.exp(values - scaled.logsumexp(-1, keepdim=True))
+
+    top_k = torch.where(filters.top_k > 0, filters.top_k, logits.shape[1])[:, None]
+    in_top_k = rank < top_k
+    cumulative = probs.cumsum(-1)
+    has_top_k = top_k <= num_candidates
+    # top_p and min_p look at what top_k left, normalised.
+    mass = torch.where(has_top_k, cumulative.gather(1, top_k.clamp(max=num_candidates) - 1), 1.0)
+    before = (cumulative - probs) / mass
+    keep = in_top_k & (before < filters.top_p[:, None]) & (probs >= filters.min_p[:, None] * probs[:, :1])
+    keep[:, 0] = True
+    # Each filter keeps a prefix of the sorted candidates, and so do all together.
+    num_kept = keep.sum(-1, keepdim=True)
+    kept_mass = cumulative.gather(1, num_kept - 1)
+    is_unfiltered = (top_k >= logits.shape[1]) & (filters.top_p[:, None] >= 1.0) & (filters.min_p[:, None] <= 0.0)
+    total = torch.where(is_unfiltered, 1.0, kept_mass)
+    target = filters.uniform[:, None] * total
+    position = (cumulative <= target).sum(-1, keepdim=True)
+    is_inside = position < num_kept
+    position = torch.minimum(position, num_kept - 1)
+    chosen = ids.gather(1, position)[:, 0]
+    if is_all:
+        return chosen, torch.ones(len(chosen), dtype=torch.bool)
+    # Which of several equal logits got in at the end of the candidates is arbitrary: nothing may depend on those.
+    edge = values[:, -1:]
+    ends_inside = values.gather(1, num_kept - 1) > edge
+    falls_inside = is_inside & (values.gather(1, position) > edge)
+    is_mass_known = has_top_k | (top_k >= logits.shape[1])
+    decided = is_mass_known & torch.where(is_unfiltered, falls_inside, ends_inside)
+    return chosen, decided[:, 0]
+
+
+def _sorted_candidates(scaled: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row, descending; equal ones by id."""
+    if num_candidates == scaled.shape[1]:
+        values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        return values, ids
+    ids = scaled.topk(num_candidates, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)

@@ -1,0 +1,31 @@
+"""Counter-based random numbers: one uniform per (seed, choice, index), with no state.
+
+The same request gives the same tokens in any batch slot, on any worker, after any recovery, because nothing but the
+position of the token decides its number. After splitmix64 (Steele, Lea, Flood; OOPSLA 2014), one round per word.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_MASK = (1 << 64) - 1
+
+
+def uniforms(counters: list[tuple[int, int, int]]) -> np.ndarray:
+    """`[num_rows]` float64 in [0, 1), one per (seed, choice, index). Seeds may be any integer, taken modulo 2**64."""
+    words = np.array([[seed & _MASK, choice, index] for seed, choice, index in counters], dtype=np.uint64).reshape(
+        -1, 3
+    )
+    state = np.zeros(len(words), dtype=np.uint64)
+    for column in words.T:
+        state = _mix((state ^ column) + _GOLDEN)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,34 @@
+"""One token to choose: which logits, whose parameters, which place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """`index` is the position among the output ids that the token will have; `output_ids` are those before it."""
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+    @property
+    def index(self) -> int:
+        return len(self.output_ids)
+
+    @property
+    def needs_adjustment(self) -> bool:
+        """Whether its logits are changed before the choice."""
+        params = self.params
+        return bool(
+            params.logit_bias
+            or params.repetition_penalty != 1.0
+            or params.frequency_penalty
+            or params.presence_penalty
+            or self.index < params.min_tokens
+        )

@@ -1,0 +1,185 @@
+"""Which sequences take part in a decode worker's next step: continuous batching. Pure: no clock, no tensors, no I/O.
+
+    add (with KV: arrived by a transfer) -----------------------> running --one token per step--> remove
+    add (without) -> waiting --admit: prefix, all its blocks--> running --chunks, then tokens--> remove
+                                                                running --blocks ran out--> StepPlan.preempted
+
+After Orca (OSDI 2022): sequences join and leave between steps; and Sarathi-Serve (OSDI 2024): decode rows first, what is
+left of the token budget goes to chunks of prompts.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from engines.scheduler.plan import ScheduledSequence, StepPlan
+from engines.scheduler.policy import BlockAllocator, PrefixLookup, order_key
+from engines.scheduler.sequence_blocks import SequenceBlocks
+from engines.sequence import Sequence
+
+MAX_PREEMPTIONS: Final = 2  # then a sequence is pinned: it is only taken when nobody else can be
+
+
+class DecodeScheduler:
+    """Owned by the engine thread. Serves the roles `decode` and `both`.
+
+    Args:
+        max_num_seqs: sequences of one step, and those admitted at a time.
+        max_num_batched_tokens: tokens of one step.
+        watermark_blocks: blocks that admitting leaves free, so that growth does not preempt at once.
+    """
+
+    def __init__(
+        self,
+        pool: BlockAllocator,
+        prefix_cache: PrefixLookup | None,
+        block_size: int,
+        *,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        watermark_blocks: int = 0,
+    ) -> None:
+        self._blocks = SequenceBlocks(pool, prefix_cache, block_size)
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._watermark_blocks = watermark_blocks
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []  # in the order they joined
+        self._step_id = 0
+        self._lacks_blocks = False
+
+    @property
+    def step_id(self) -> int:
+        return self._step_id
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence. One that owns blocks has KV of its first `num_computed_tokens`: it joins the next step."""
+        (self._running if sequence.block_table else self._waiting).append(sequence)
+        self._lacks_blocks = False
+
+    def remove(self, seq_id: tuple[str, int]) -> None:
+        """Forget a sequence, wherever it is; safe to repeat. Its blocks stay its own: the caller frees them."""
+        self._waiting = [sequence for sequence in self._waiting if sequence.seq_id != seq_id]
+        self._running = [sequence for sequence in self._running if sequence.seq_id != seq_id]
+        self._lacks_blocks = False
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """The next step, or None if there is nothing to do. A plan may be only about `preempted` sequences."""
+        step = _Step(self._max_num_batched_tokens, self._max_num_seqs)
+        self._plan_running(step)
+        if not step.preempted:  # who had to give blocks up shall not see them go to a newcomer in the same step
+            self._admit(now_s, step)
+        if not step.items and not step.preempted:
+            return None
+        self._step_id += 1
+        return StepPlan(self._step_id, tuple(step.items.values()), tuple(step.preempted))
+
+    def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None:
+        """The step ran: advance its sequences. The ids of one with several choices are the caller's to fork."""
+        for item in plan.scheduled:
+            sequence, is_done, is_prompt = item.sequence, item.samples, item.num_new_tokens > 1
+            sequence.num_computed_tokens = item.start + item.num_new_tokens
+            if is_done and is_prompt:
+                self._blocks.remember(sequence)
+            if is_done and sequence.num_samples == 1:
+                sequence.output_token_ids.extend(sampled.get(sequence.seq_id, []))
+        self._lacks_blocks = False
+
+    def next_wakeup_s(self, now_s: float) -> float | None:
+        """When `schedule` may have something without another call here; None: only after one."""
+        if self._running or (self._waiting and not self._lacks_blocks):
+            return now_s
+        return None
+
+    # ---------------------------------------------------------------- running
+    def _plan_running(self, step: _Step) -> None:
+        is_decode = [sequence.num_uncomputed_tokens == 1 for sequence in self._running]
+        decoding = [sequence for sequence, yes in zip(self._running, is_decode, strict=True) if yes]
+        chunked = [sequence for sequence, yes in zip(self._running, is_decode, strict=True) if not yes]
+        stuck: list[Sequence] = []
+        for sequence in decoding + chunked:
+            if step.is_full:
+                break
+            if sequence in step.preempted:
+                continue
+            if self._grow_or_preempt(sequence, step):
+                step.add(sequence)
+            elif sequence not in step.preempted:
+                stuck.append(sequence)
+        if stuck and not step.items and not step.preempted:
+            # Everybody is pinned and nobody can move: somebody has to go all the same.
+            self._preempt(max(stuck, key=_lateness), step)
+
+    def _grow_or_preempt(self, sequence: Sequence, step: _Step) -> bool:
+        """Blocks for its next tokens; those of the latest arrived if there are no others. False if it cannot run."""
+        while not self._blocks.grow(sequence):
+            victims = [other for other in self._running if other.num_preemptions < MAX_PREEMPTIONS]
+            if not victims:
+                return False
+            victim = max(victims, key=_lateness)
+            if _lateness(victim) < _lateness(sequence):
+                # Only earlier ones could give: a later one never takes from them. It waits if it is pinned itself.
+                return False
+            self._preempt(victim, step)
+            if sequence in step.preempted:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence, step: _Step) -> None:
+        """Take the blocks of a request: all its choices go, since they go back to the queue together."""
+        for sequence in [sequence for sequence in self._running if sequence.rid == victim.rid]:
+            self._running.remove(sequence)
+            self._blocks.take_back(sequence)
+            sequence.num_preemptions += 1
+            step.drop(sequence)
+        self._waiting = [sequence for sequence in self._waiting if sequence.rid != victim.rid]
+
+    # ---------------------------------------------------------------- waiting
+    def _admit(self, now_s: float, step: _Step) -> None:
+        self._waiting.sort(key=lambda sequence: order_key(sequence, now_s))
+        while self._waiting and not step.is_full and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            # With nobody running there is no growth to keep blocks for.
+            watermark = self._watermark_blocks if self._running else 0
+            if not self._blocks.admit(sequence, watermark_blocks=watermark):
+                self._lacks_blocks = True
+                return
+            self._running.append(self._waiting.pop(0))
+            step.add(sequence)
+
+
+class _Step:
+    """A plan in the making."""
+
+    def __init__(self, max_num_tokens: int, max_num_seqs: int) -> None:
+        self.items: dict[tuple[str, int], ScheduledSequence] = {}
+        self.preempted: list[Sequence] = []
+        self._num_tokens_left = max_num_tokens
+        self._max_num_seqs = max_num_seqs
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_tokens_left <= 0 or len(self.items) >= self._max_num_seqs
+
+    def add(self, sequence: Sequence) -> None:
+        num_new_tokens = min(self._num_tokens_left, sequence.num_uncomputed_tokens)
+        self.items[sequence.seq_id] = ScheduledSequence(sequence, sequence.num_computed_tokens, num_new_tokens)
+        self._num_tokens_left -= num_new_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        item = self.items.pop(sequence.seq_id, None)
+        if item is not None:
+            self._num_tokens_left += item.num_new_tokens
+        self.preempted.append(sequence)
+
+
+def _lateness(sequence: Sequence) -> tuple[float, str, int]:
+    return (sequence.arrival_s, sequence.rid, sequence.choice)
