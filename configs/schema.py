@@ -1,25 +1,34 @@
 """The settings of a cluster: one typed tree, read by every process.
 
-Field names follow vLLM's where it has one. Units end a name (`_ms`, `_s`, `_bytes`, `_tokens`); sizes in YAML are
-written with their unit ("2GiB"). Where a value came from is kept by `configs.loader`.
+Field names follow vLLM's where it has one. Units end a name (`_ms`, `_s`, `_bytes`, `_tokens`); sizes are written with
+their unit ("2GiB"). Each field says what it is for, and its range: `docs/configuration.md` is made from this file.
+Where a value came from is kept by `configs.loader`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Protocol = Literal["auto", "shm", "tcp", "rdma"]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class ModelSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    path: str = "models/tiny-chat"  # folder or hub id
-    served_model_name: str = ""  # "": last part of the path
-    revision: str = ""
-    dtype: Dtype = "auto"
-    max_model_len: int = 0  # 0: what the model's config says
+    """The model that the cluster serves."""
+
+    path: Annotated[str, Meta(min_length=1, description="Folder with a Hugging Face model, or a hub id.")] = (
+        "models/tiny-chat"
+    )
+    served_model_name: Annotated[str, Meta(description="Name in the API. Empty: the last part of `path`.")] = ""
+    revision: Annotated[str, Meta(description="Branch, tag or commit on the hub. Empty: the default branch.")] = ""
+    dtype: Annotated[Dtype, Meta(description="Type of weights and KV. `auto`: float32 or bfloat16 by device.")] = "auto"
+    max_model_len: Annotated[
+        int, Meta(ge=0, description="Longest sequence, prompt and output, in tokens. 0: what the model's config says.")
+    ] = 0
 
     @property
     def name(self) -> str:
@@ -27,82 +36,152 @@ class ModelSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    block_size: int = 32
-    num_blocks: int = 0  # 0: as many as `memory_bytes` holds
-    memory_bytes: int = 1 << 30  # per worker
-    enable_prefix_caching: bool = True
-    eviction: Literal["lru", "fifo"] = "lru"
+    """The KV region of each worker. Prefill and decode workers must agree on `block_size`."""
+
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens per block, a power of two.")] = 32
+    num_blocks: Annotated[int, Meta(ge=0, description="Blocks per worker. 0: as many as `memory_bytes` holds.")] = 0
+    memory_bytes: Annotated[int, Meta(ge=1 << 20, description="Memory for KV per worker.")] = 1 << 30
+    enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True
+    eviction: Annotated[Literal["lru", "fifo"], Meta(description="Which cached block goes first.")] = "lru"
 
 
 class RoleSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    num_workers: int = 1
-    hardware: str = ""  # what the preset was written for; `up` compares it with this machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel_size: int = 1
-    max_batch_size: int = 32
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    """What prefill and decode workers have in common."""
+
+    num_workers: Annotated[int, Meta(ge=0, le=4096, description="Workers that `celeriac up` starts.")] = 1
+    hardware: Annotated[
+        str, Meta(description="What these figures were written for, such as `H100`. `up` says if it is not here.")
+    ] = ""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="Where the engine computes.")] = "auto"
+    tensor_parallel_size: Annotated[int, Meta(ge=1, le=64, description="Ranks that share one model.")] = 1
+    max_batch_size: Annotated[int, Meta(ge=1, le=65536, description="Prompts in one prefill batch.")] = 32
+    max_num_seqs: Annotated[int, Meta(ge=1, le=65536, description="Sequences in one step.")] = 64
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, le=1 << 20, description="Tokens computed in one step.")] = 2048
 
 
 class PrefillSettings(RoleSettings, kw_only=True, forbid_unknown_fields=True):
-    target_utilization: float = 0.85
-    batch_wait_ms: float = 50.0
-    batching: Literal["packed", "bucketed"] = "packed"
+    """Workers that compute prompts and push their KV away."""
+
+    target_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="A batch starts when its estimated use of the device reaches this.")
+    ] = 0.85
+    batch_wait_ms: Annotated[
+        float, Meta(ge=0, le=10_000, description="... or when its oldest prompt has waited this long.")
+    ] = 50.0
+    batching: Annotated[
+        Literal["packed", "bucketed"], Meta(description="Prompts end to end without padding, or by length buckets.")
+    ] = "packed"
 
 
 class DecodeSettings(RoleSettings, kw_only=True, forbid_unknown_fields=True):
-    watermark: float = 0.01  # share of blocks kept free so that admitting does not cause preempting
+    """Workers that receive KV and generate."""
+
+    watermark: Annotated[
+        float, Meta(ge=0, le=0.5, description="Share of blocks kept free, so that admitting does not cause preempting.")
+    ] = 0.01
+
+
+class BothSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Monolithic workers (role `both`). Their batches and steps follow the settings of `decode`."""
+
+    num_workers: Annotated[int, Meta(ge=0, le=4096, description="Workers that `celeriac up` starts.")] = 0
 
 
 class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    protocol: Protocol = "auto"
-    gbps: float = 0.0  # what the preset expects of the link
-    checksum: bool = True
-    layer_group_bytes: int = 1 << 20
-    bind_host: str = "127.0.0.1"
-    grant_lease_s: float = 5.0
-    fence_kill_s: float = 3.0
+    """How KV moves between workers."""
+
+    protocol: Annotated[Protocol, Meta(description="`auto`: the best that both sides have.")] = "auto"
+    gbps: Annotated[
+        float, Meta(ge=0, le=10_000, description="Link speed these figures were written for, Gbit/s. `up` reports it.")
+    ] = 0.0
+    checksum: Annotated[bool, Meta(description="Check the bytes of each transfer before a token is made of them.")] = (
+        True
+    )
+    layer_group_bytes: Annotated[
+        int, Meta(ge=4096, le=1 << 30, description="Layers are pushed in groups of at least this size.")
+    ] = 1 << 20
+    bind_host: Annotated[str, Meta(min_length=1, description="Address on which workers listen for KV.")] = "127.0.0.1"
+    grant_lease_s: Annotated[float, Meta(gt=0, le=3600, description="A grant that nobody renews ends after this.")] = (
+        5.0
+    )
+    fence_kill_s: Annotated[
+        float,
+        Meta(gt=0, le=3600, description="A writer of this host that leaves a fence unanswered this long is ended."),
+    ] = 3.0
 
 
 class StateSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    broker_url: str = "redis://127.0.0.1:6379/0"
-    state_url: str = "redis://127.0.0.1:6379/1"
-    num_shards: int = 1
-    visibility_timeout_s: int = 30
+    """Redis >= 7 or Valkey >= 7.2: messages and request state. Unset: `up` starts a Valkey of its own."""
+
+    broker_url: Annotated[str, Meta(pattern=r"^(redis|rediss|sentinel|unix)://", description="Celery's broker.")] = (
+        "redis://127.0.0.1:6379/0"
+    )
+    state_url: Annotated[str, Meta(pattern=r"^(redis|rediss|unix)://", description="Records, logs and feeds.")] = (
+        "redis://127.0.0.1:6379/1"
+    )
+    num_shards: Annotated[int, Meta(ge=1, le=100, description="Slots that request state is spread over.")] = 1
+    visibility_timeout_s: Annotated[
+        int, Meta(ge=5, le=86_400, description="A dead worker's messages come back after this.")
+    ] = 30
 
 
 class GatewaySettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    host: str = "127.0.0.1"
-    port: int = 8000
-    workers: int = 1
-    threads: int = 320
-    max_body_bytes: int = 8 << 20
-    default_timeout_s: float = 600.0
-    unknown_fields: Literal["warn", "reject"] = "warn"
-    duplicate_keys: Literal["reject", "last"] = "reject"
+    """The HTTP front end."""
+
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Port; 0 takes a free one.")] = 8000
+    workers: Annotated[int, Meta(ge=1, le=256, description="Gateway processes.")] = 1
+    threads: Annotated[int, Meta(ge=4, le=10_000, description="Calls that one gateway process serves at once.")] = 320
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30, description="Longest request body.")] = 8 << 20
+    default_timeout_s: Annotated[float, Meta(gt=0, le=86_400, description="Deadline of a request that names none.")] = (
+        600.0
+    )
+    unknown_fields: Annotated[
+        Literal["warn", "reject"], Meta(description="Body fields that no API has: name them in a header, or refuse.")
+    ] = "warn"
+    duplicate_keys: Annotated[
+        Literal["reject", "last"], Meta(description="The same key twice in a body: refuse, or take the last.")
+    ] = "reject"
 
 
 class FlowerSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    enabled: bool = True
-    host: str = "127.0.0.1"
-    port: int = 5555
-    basic_auth: str = ""  # user:password, required on any address but loopback
+    """Flower, Celery's own web page."""
+
+    enabled: Annotated[bool, Meta(description="Start it with `up`.")] = True
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Port; 0 takes a free one.")] = 5555
+    basic_auth: Annotated[
+        str, Meta(pattern=r"^($|[^:]+:.+$)", description="`user:password`, required on any address but loopback.")
+    ] = ""
 
 
 class WorkerSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    drain_timeout_s: float = 30.0
-    engine_start_timeout_s: float = 300.0
+    """Times of every worker."""
+
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=86_400, description="A stopping worker finishes what it has for at most this long.")
+    ] = 30.0
+    engine_start_timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Loading the weights may take this long.")
+    ] = 300.0
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Everything. `configs.load` fills `run_dir` and `secret_file` with absolute paths."""
+
     model: ModelSettings = msgspec.field(default_factory=ModelSettings)
     kv: KVSettings = msgspec.field(default_factory=KVSettings)
     prefill: PrefillSettings = msgspec.field(default_factory=PrefillSettings)
     decode: DecodeSettings = msgspec.field(default_factory=DecodeSettings)
+    both: BothSettings = msgspec.field(default_factory=BothSettings)
     transfer: TransferSettings = msgspec.field(default_factory=TransferSettings)
     state: StateSettings = msgspec.field(default_factory=StateSettings)
     gateway: GatewaySettings = msgspec.field(default_factory=GatewaySettings)
     flower: FlowerSettings = msgspec.field(default_factory=FlowerSettings)
     worker: WorkerSettings = msgspec.field(default_factory=WorkerSettings)
-    run_dir: str = ""  # "": $XDG_STATE_HOME/celeriac/default
-    secret_file: str = ""  # "": <run_dir>/secret
+    run_dir: Annotated[
+        str, Meta(description="Folder of a local cluster. Empty: `$XDG_STATE_HOME/celeriac/default`.")
+    ] = ""
+    secret_file: Annotated[
+        str, Meta(description="File with the cluster secret. Empty: `secret` in the run folder.")
+    ] = ""

@@ -1,0 +1,59 @@
+"""Settings that must fit each other. Each value is in its own range already."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+
+from configs.errors import ConfigFault
+from configs.schema import Settings
+
+MIN_SECRET_BYTES = 16
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[ConfigFault]:
+    """What does not fit, each at the setting that one would change."""
+    found: list[ConfigFault] = []
+
+    def fault(path: str, what: str, expected: str, hint: str = "") -> None:
+        found.append(ConfigFault(origins.get(path, "default"), path, what, expected, hint))
+
+    kv, gateway, flower = settings.kv, settings.gateway, settings.flower
+    if kv.block_size & (kv.block_size - 1):
+        fault("kv.block_size", f"{kv.block_size} is not a power of two", "such as 16 or 32")
+    longest = settings.model.max_model_len
+    if kv.num_blocks and longest > kv.num_blocks * kv.block_size:
+        needed = -(-longest // kv.block_size)
+        fault(
+            "kv.num_blocks",
+            f"one sequence of model.max_model_len={longest} tokens needs {needed} blocks of {kv.block_size}, "
+            f"and a worker has {kv.num_blocks}",
+            f"at least {needed}",
+        )
+    if flower.enabled and gateway.port and (gateway.host, gateway.port) == (flower.host, flower.port):
+        fault("flower.port", f"{flower.port} is the gateway's port, too", "two different ports")
+    if flower.enabled and not is_loopback(flower.host) and not flower.basic_auth:
+        fault(
+            "flower.host",
+            f"Flower on {flower.host} without a password lets anybody there revoke tasks and stop workers",
+            "a loopback address, or flower.basic_auth=user:password",
+        )
+    for role in ("prefill", "decode"):
+        sizes = getattr(settings, role)
+        if sizes.max_num_batched_tokens < sizes.max_num_seqs and role == "decode":
+            fault(
+                "decode.max_num_batched_tokens",
+                f"{sizes.max_num_batched_tokens} is below decode.max_num_seqs={sizes.max_num_seqs}",
+                "room for one token of each sequence",
+            )
+    return found

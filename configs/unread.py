@@ -1,0 +1,39 @@
+"""Settings that no code reads yet, or not with that value. Valid in a file, refused by name before anything starts.
+
+Whoever makes the code read one removes its line here; a test finds settings that are neither read nor listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from configs.errors import ConfigFault
+from configs.fields import all_fields, value_at
+from configs.schema import Settings
+
+_any_but_default: Final = None
+
+# path -> (values that nothing reads; None: any but the default, reason)
+UNREAD: Final[Mapping[str, tuple[Callable[[Any], bool] | None, str]]] = {
+    "prefill.tensor_parallel_size": (lambda n: n > 1, "tensor parallel engines are not built yet"),
+    "decode.tensor_parallel_size": (lambda n: n > 1, "tensor parallel engines are not built yet"),
+    "prefill.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
+    "decode.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
+    "transfer.protocol": (lambda protocol: protocol == "rdma", "the rdma transport is not built yet"),
+    "transfer.grant_lease_s": (_any_but_default, "grants have a fixed lease"),
+    "transfer.fence_kill_s": (_any_but_default, "writers that leave a fence unanswered are not ended yet"),
+    "prefill.batching": (lambda batching: batching == "bucketed", "only packed batches are built yet"),
+}
+
+
+def unread_faults(settings: Settings, origins: Mapping[str, str]) -> list[ConfigFault]:
+    """Every setting that somebody gave a value nothing reads."""
+    fields = all_fields()
+    faults = []
+    for path, (is_unread, reason) in UNREAD.items():
+        value = value_at(settings, path)
+        if is_unread(value) if is_unread is not None else value != fields[path].default:
+            what = f"{value!r} would be ignored: {reason}"
+            faults.append(ConfigFault(origins.get(path, "default"), path, what, f"{fields[path].default!r} for now"))
+    return faults
