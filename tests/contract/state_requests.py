@@ -64,6 +64,12 @@ class Owned:
     state: str
 
 
+def prefilling(store: StateStore, *, k: int = 1, token: str = "w-1.1") -> Owned:
+    """A new request, claimed by `token`."""
+    rid = accepted(store, k=k)
+    return Owned(rid, claimed(store, rid, token).epoch, token, "PREFILLING")
+
+
 def item(
     owned: Owned, ids: list[int], *, before: list[int] | None = None, c: int = 0, fin: FinEntry | None = None
 ) -> AppendItem:
