@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from flask import Blueprint, Response, g, request
 
+from kvstore.state.entries import FinEntry
 from webapp.app import gateway_of, json_answer, no_options
 from webapp.body import check_headers, read_body
 from webapp.errors import InvalidRequest
@@ -16,6 +17,7 @@ from webapp.openai.answers import Writer, make_writer
 from webapp.openai.call import Call
 from webapp.openai.chat_body import parse_chat
 from webapp.openai.completion_body import parse_completion
+from webapp.openai.pieces import Piece
 from webapp.openai.served_model import ServedModel
 from webapp.serving import Serving, whole_answer
 from webapp.streaming import sse
@@ -60,6 +62,8 @@ def _generate(parse: Parse) -> Response:
     try:
         body, raw = read_json(gateway)
         call = _parsed(parse, body, gateway.model, gateway.settings.gateway.unknown_fields)
+        if call.params[0].max_tokens == 0:
+            return _only_echo(gateway, call)
         timeout_s = timeout_of(request.headers.get("x-request-timeout-ms"), gateway.settings.gateway.default_timeout_s)
         session = gateway.submit(call, timeout_s=timeout_s, body_hash=hashlib.sha256(raw).hexdigest())
         serving = Serving(
@@ -83,10 +87,21 @@ def _generate(parse: Parse) -> Response:
             return json_answer(answer, headers=headers)
         with_ids = call.include_event_ids or request.headers.get("x-stream-ids") == "1"
         return stream_answer(serving, with_ids=with_ids, headers=headers)
-    except BaseException:
+    finally:
         if serving is None:
             _leave(gateway)
-        raise
+
+
+def _only_echo(gateway: Gateway, call: Call) -> Response:
+    """`max_tokens: 0` gives the prompt back: nothing is computed, so nothing is accepted."""
+    writer = writer_for(call, gateway.store.new_request_id(), gateway.model)
+    n = call.params[0].n
+    ends = [Piece(i % n, "", (), 0, FinEntry("FINISHED", "length"), True) for i in range(call.num_choices)]
+    if not call.stream:
+        return json_answer(writer.answer([[piece] for piece in ends]))
+    chunks = [chunk for i, piece in enumerate(ends) for chunk in writer.chunks(i, piece)]
+    body = b"".join(sse.data_event(chunk) for chunk in [*chunks, *writer.last_chunks()]) + sse.DONE
+    return Response(body, headers=sse.HEADERS)
 
 
 def _leave(gateway: Gateway) -> None:

@@ -37,9 +37,10 @@ class CallNotes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Token ids of one prompt, and its text where `echo` asks for it."""
+    """Token ids of one prompt, its text if it came as text, and what stands in front of each choice."""
 
     token_ids: list[int]
+    text: str = ""
     echo: str = ""
 
 

@@ -58,7 +58,7 @@ def parse_completion(body: Mapping[str, Any], model: ServedModel, *, unknown_fie
         model.check_length(len(prompt.token_ids), max_tokens or None, param="max_tokens")
     if echo:
         decode = model.tokenizer.decode
-        prompts = [Prompt(token_ids=p.token_ids, echo=p.echo or decode(p.token_ids, False)) for p in prompts]
+        prompts = [Prompt(token_ids=p.token_ids, echo=p.text or decode(p.token_ids, False)) for p in prompts]
     params = sampling_params(checked, max_tokens=max_tokens, logprobs=logprobs, vocab_size=vocab_size)
     notes = CallNotes(
         api="completion",
@@ -111,7 +111,7 @@ def _tokenized(prompt: str | list[int], path: str, add_special_tokens: bool, mod
         ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not ids:
             raise _empty(path)
-        return Prompt(token_ids=ids, echo=prompt)
+        return Prompt(token_ids=ids, text=prompt)
     if not prompt:
         raise _empty(path)
     return Prompt(token_ids=check_token_ids(prompt, path, tokenizer.vocab_size))
