@@ -51,5 +51,4 @@ def configure_worker(app: Celery) -> None:
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_soft_shutdown_timeout=0,  # the pool drains by itself
-        worker_hijack_root_logger=True,
     )

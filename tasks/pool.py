@@ -246,7 +246,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._wind_down(0.0)
 
     def _wind_down(self, drain_s: float) -> None:
-        if self.front.is_stopped:
+        if not hasattr(self, "front") or self.front.is_stopped:
             return
         self.front.drain(drain_s)  # an earlier deadline, set by the drain command, stays
         end_s = now_s() + drain_s + LAST_CALLS_S

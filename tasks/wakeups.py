@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from configs.schema import Settings
 from kvstore.clock import Clock, now_s
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 
 BEATS_MAX_AGE_S = 0.5
 GRACE_S = 5.0  # the functions enforce deadlines; Celery's time limit is only a backstop behind them
+# A pooled connection may have died with a former broker: one more try, on a new one, at once.
+RETRY_ONCE: dict[str, Any] = {
+    "retry": True,
+    "retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.05, "interval_max": 0.1},
+}
 REVOKED_STAGES = ("prefill", "generate", decode_stage(1), decode_stage(2))
 
 
@@ -51,6 +57,7 @@ class WakeupSender:
             app = Celery("celeriac-wakeups", set_as_current=False)
             configure(app, settings)
         self._app = app
+        self._errors = (OperationalError, OSError, *app.connection_for_write().connection_errors)
 
     def send(self, turns: Sequence[Turn], store: StateStore, *, remaining_s: float | None = None) -> None:
         """One message per turn, to whatever kind of worker is live. `remaining_s`: until the request's deadline."""
@@ -73,7 +80,10 @@ class WakeupSender:
         if not ids:
             return
         try:
-            self._app.control.revoke(list(ids), terminate=terminate)
+            try:
+                self._app.control.revoke(list(ids), terminate=terminate)
+            except self._errors:  # as RETRY_ONCE
+                self._app.control.revoke(list(ids), terminate=terminate)
         except self._errors as error:
             log.warning("could not revoke %d tasks: %s", len(ids), error)
 
@@ -95,12 +105,6 @@ class WakeupSender:
         time_limit = self._time_limit_s if remaining_s is None else remaining_s + GRACE_S
         options: dict[str, Any] = {"task_id": uuid, "queue": queue, "time_limit": time_limit}
         try:
-            self._app.send_task(TASK_OF_STAGE[stage], args=[rid], retry=False, ignore_result=True, **options)
+            self._app.send_task(TASK_OF_STAGE[stage], args=[rid], ignore_result=True, **RETRY_ONCE, **options)
         except self._errors as error:
             log.warning("wake-up %s was not sent, the reaper will repeat it: %s", uuid, error)
-
-    @property
-    def _errors(self) -> tuple[type[BaseException], ...]:
-        from kombu.exceptions import OperationalError
-
-        return (OperationalError, OSError)

@@ -314,7 +314,7 @@ def fake_spawner(run_dir: Path, *, step_s: float, on_spawn: Callable[[FakeEngine
 
 
 def run_worker_program() -> None:
-    """A real Celery worker with a fake engine; for `python -c`. SIGUSR1 kills the engine.
+    """A real Celery worker with a fake engine; for `python -c`. SIGUSR2 kills the engine.
 
     Environment: FAKE_SETTINGS (msgpack in hex), FAKE_STEP_S, FAKE_RUN_DIR; the arguments are those of `celery worker`.
     """
@@ -332,7 +332,7 @@ def run_worker_program() -> None:
         Path(os.environ["FAKE_RUN_DIR"]), step_s=float(os.environ["FAKE_STEP_S"]), on_spawn=engines.append
     )
     vars(pool)["spawn_engine"] = spawn
-    signal.signal(signal.SIGUSR1, lambda *_: engines[-1].kill())
+    signal.signal(signal.SIGUSR2, lambda *_: engines[-1].kill())
     from tasks.app import app
 
     app.worker_main(["worker", *sys.argv[1:]])

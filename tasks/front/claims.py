@@ -228,7 +228,13 @@ class Claims:
             request = ctx.live.get(out.rid)
             if request is None:
                 continue  # it left while the step ran
-            if request.choices[out.c].extend(out):
+            try:
+                is_stopped = request.choices[out.c].extend(out)
+            except ValueError as error:
+                log.error("%s", error)
+                self._ends.released(request, "the engine and this worker's text disagree")
+                continue
+            if is_stopped:
                 ctx.link.send(Stop(out.rid, out.c))
             ctx.dirty.add(request)
             if request.mode == "local" and request.phase is Phase.COMPUTING:
@@ -280,9 +286,9 @@ class Claims:
         request = self._ctx.live.get(message.rid)
         if request is None or request.mode != "push":
             return
+        if request.phase is not Phase.TAKEN and all(choice.is_done for choice in request.choices):
+            return  # finished at prefill: the last append ends it
         if message.outcome == "handed" or request.phase is Phase.TAKEN:
-            if all(choice.is_done for choice in request.choices):
-                return  # finished at prefill: the last append ends it
             self._ends.finished(request, "handed")
             self._stamp(message)
         else:

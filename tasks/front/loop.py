@@ -153,12 +153,12 @@ class Front:
         ctx.timers.run_due()
         _guarded(parts.life.check_hang)
         _guarded(parts.renewals.turn)
-        if not parts.renewals.fence.is_up:
+        if parts.renewals.is_answered and not parts.renewals.fence.is_up:
             _guarded(parts.publisher.turn)
-        _guarded(parts.claims.start_alone)
-        _guarded(parts.claims.fill)
-        room = parts.claims.room()
-        _guarded(lambda: parts.registry.turn(free_hands=room, num_waiting=len(parts.claims.hands)))
+            _guarded(parts.claims.start_alone)
+            _guarded(parts.claims.fill)
+            room = parts.claims.room()
+            _guarded(lambda: parts.registry.turn(free_hands=room, num_waiting=len(parts.claims.hands)))
         _guarded(parts.drain_.turn)
         self._info = parts.info()
         self.is_drained = parts.drain_.state is DrainState.DRAINED
@@ -235,14 +235,14 @@ class _Parts:
 
     def next_s(self) -> float:
         """When something is due without any message."""
-        times = (
+        times: tuple[float | None, ...] = (
             self.ctx.timers.next_s(),
             self.ctx.calls.next_s(),
             self.renewals.next_s(),
-            self.registry.next_s(),
-            self.publisher.next_s() if not self.renewals.fence.is_up else None,
             self.drain_.next_s(),
         )
+        if self.renewals.is_answered and not self.renewals.fence.is_up:
+            times += (self.registry.next_s(), self.publisher.next_s())
         return min(time for time in times if time is not None)
 
     # ---------------------------------------------------------------- posts of the hub

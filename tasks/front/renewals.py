@@ -54,6 +54,7 @@ class Renewals:
         self._publisher = publisher
         self._due_s = ctx.clock()
         self.fence = Fence(ctx.clock)
+        self.is_answered = True  # the last renewal was; while not, nothing else is tried: each try may take a second
 
     def next_s(self) -> float:
         return self._due_s
@@ -61,11 +62,10 @@ class Renewals:
     def turn(self) -> None:
         ctx = self._ctx
         now = ctx.clock()
-        if now < self._due_s and not self.fence.is_up:
+        if now < self._due_s:
             return
-        if now < self._due_s and now > self._due_s - RETRY_S:  # fenced, and asked a moment ago
-            return
-        if self._renew():
+        self.is_answered = self._renew()
+        if self.is_answered:
             self._due_s = now + RENEW_EVERY_S
             return
         self._due_s = ctx.clock() + RETRY_S

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 
 from configs.schema import Settings
 from engines.params import SamplingParams
@@ -35,7 +36,7 @@ class Workers:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.server = EmbeddedValkey(folder / "valkey", appendonly=False)
+        self.server = EmbeddedValkey(folder / "valkey")
         url = self.server.start()
         self.settings = Settings(run_dir=str(folder))
         self.settings.model.path = str(ROOT / "models" / MODEL)
@@ -59,11 +60,9 @@ class Workers:
             "OMP_NUM_THREADS": "1",
         }
         log = (self.folder / f"{name}.log").open("ab")
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.fakes import run_worker_program as run; run()"]
-            + ["-Q", queue, "-n", f"{name}@test", "--without-gossip", "--without-mingle", "-l", "INFO", *args],
-            cwd=ROOT, env=env, stdout=log, stderr=log,
-        )  # fmt: skip
+        program = "from tests.fakes import run_worker_program as run; run()"
+        options = ["-Q", queue, "-n", f"{name}@test", "--without-gossip", "--without-mingle", "-l", "INFO", *args]
+        process = subprocess.Popen([sys.executable, "-c", program, *options], cwd=ROOT, env=env, stdout=log, stderr=log)
         self.processes.append(process)
         if wait:
             self.wait(lambda: any(beat.node == f"{name}@test" for beat in self.store.workers()), f"{name} is ready")
@@ -115,7 +114,11 @@ class Workers:
         return [token_id for entry in log.entries for token_id in entry.token_ids]
 
     def inspect(self, name: str, what: str) -> Any:
-        reply = getattr(self.app.control.inspect(destination=[f"{name}@test"], timeout=3, limit=1), what)()
+        inspector = self.app.control.inspect(destination=[f"{name}@test"], timeout=3, limit=1)
+        try:
+            reply = getattr(inspector, what)()
+        except redis.ConnectionError:  # a test killed this connection, too
+            reply = getattr(inspector, what)()
         assert reply, f"{name} did not answer {what}\n{self.logs()}"
         return reply[f"{name}@test"]
 
@@ -198,12 +201,13 @@ def test_an_engine_that_dies_costs_no_token(workers: Workers) -> None:
         rids = [workers.submit(max_tokens=80) for _ in range(5)]
         workers.wait(lambda rids=rids: all(workers.record(rid).n[0] > 5 for rid in rids), "they run")  # type: ignore[misc]
 
-        os.kill(victim.pid, signal.SIGUSR1)
+        os.kill(victim.pid, signal.SIGUSR2)
         more = [workers.submit(max_tokens=10) for _ in range(3)]
         workers.wait_final(*rids, *more)
 
         assert all(workers.ids(rid) == fake_output(PROMPT, 80) for rid in rids)
         assert all(workers.ids(rid) == fake_output(PROMPT, 10) for rid in more)
+    assert [workers.inspect(name, "stats")["pool"]["engine_deaths"] for name in ("d0", "p0")] == [1, 1]
 
 
 def test_a_killed_worker_is_replaced_and_its_requests_go_on(workers: Workers) -> None:
@@ -219,6 +223,41 @@ def test_a_killed_worker_is_replaced_and_its_requests_go_on(workers: Workers) ->
 
     assert all(workers.ids(rid) == fake_output(PROMPT, 80) for rid in rids)
     assert all(workers.record(rid).state is RequestState.FINISHED for rid in rids)
+
+
+def test_a_killed_server_costs_no_token(workers: Workers) -> None:
+    workers.start_reaper()
+    workers.start_pair(step_s=0.03)
+    rids = [workers.submit(max_tokens=100) for _ in range(5)]
+    workers.wait(lambda: all(workers.record(rid).n[0] > 5 for rid in rids), "they run")
+    time.sleep(1.1)  # the append-only file is synced each second
+
+    os.kill(workers.server.pid, signal.SIGKILL)
+    time.sleep(0.7)
+    workers.server.start()
+    workers.wait_final(*rids)
+
+    assert all(workers.ids(rid) == fake_output(PROMPT, 100) for rid in rids)
+    assert all(workers.record(rid).attempts == 1 for rid in rids)
+    rid = workers.submit(max_tokens=10)
+    workers.wait_final(rid)
+    for name in ("p0", "d0"):
+        workers.wait(lambda name=name: workers.inspect(name, "stats")["pool"]["tasks"] == 0, "no task left")  # type: ignore[misc]
+
+
+def test_messages_that_the_broker_delivers_again_are_adopted(workers: Workers) -> None:
+    workers.start_pair(step_s=0.05)
+    rid = workers.submit(max_tokens=100)
+    workers.wait(lambda: workers.inspect("d0", "active"), "it decodes")
+
+    with redis.Redis.from_url(workers.settings.state.broker_url) as client:
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+    workers.wait_final(rid)
+
+    assert workers.ids(rid) == fake_output(PROMPT, 100)
+    assert workers.record(rid).attempts == 1
+    for name in ("p0", "d0"):
+        workers.wait(lambda name=name: workers.inspect(name, "stats")["pool"]["tasks"] == 0, "no task left")  # type: ignore[misc]
 
 
 def test_warm_shutdown_finishes_what_is_live(workers: Workers) -> None:
