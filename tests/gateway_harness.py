@@ -21,18 +21,18 @@ from configs.schema import GatewaySettings, ModelSettings, Settings, StateSettin
 from engines.params import SamplingParams
 from engines.tokenizer import TextStream, Tokenizer
 from kvstore.address import KVAddress
+from kvstore.errors import StateUnavailable
 from kvstore.state import StateStore
 from kvstore.state.entries import FinEntry, TokenEntry, TokenLogprobs
-from kvstore.state.hashing import roll
+from kvstore.state.hashing import hash_of, roll
 from kvstore.state.records import AppendItem, WorkerBeat
-from kvstore.state.replies import Claimed, HandedOff
+from kvstore.state.replies import Claimed, Dup, HandedOff, Ok
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_CHAT = ROOT / "models" / "tiny-chat"
 SECRET = "a secret of at least thirty-two bytes"
 _SERVE = """
-import sys, configs, msgspec
-if not hasattr(configs, "secret"): configs.secret = lambda s: b"x" * 32
+import sys, msgspec
 from configs.schema import Settings
 from webapp.server import run_gateway
 run_gateway(msgspec.json.decode(sys.argv[1], type=Settings))
@@ -127,13 +127,20 @@ class Publisher:
     def _run(self) -> None:
         beat_s = 0.0
         while not self._stopped.wait(0.01):
-            if time.monotonic() - beat_s > 0.5:
-                self._beat()
-                beat_s = time.monotonic()
-            for rid in self._redis.zrange("cel:{s00}:live", 0, -1):
-                record = self.store.record(rid.decode())
-                if record is not None and record.state == "QUEUED":
-                    self._serve(rid.decode())
+            try:
+                beat_s = self._look(beat_s)
+            except (StateUnavailable, redis.RedisError):
+                time.sleep(0.05)
+
+    def _look(self, beat_s: float) -> float:
+        if time.monotonic() - beat_s > 0.5:
+            self._beat()
+            beat_s = time.monotonic()
+        for rid in self._redis.zrange("cel:{s00}:live", 0, -1):
+            record = self.store.record(rid.decode())
+            if record is not None and record.state == "QUEUED":
+                self._serve(rid.decode())
+        return beat_s
 
     def _serve(self, rid: str) -> None:
         self._counter += 1
@@ -151,41 +158,29 @@ class Publisher:
 
     def _publish(self, rid: str, epoch: int, token: str, claimed: Claimed) -> None:
         params = _params(claimed.body.params)
-        streams = [TextStream(self.tokenizer, params) for _ in range(claimed.body.k)]
-        hashes = [0] * claimed.body.k
-        written = [0] * claimed.body.k
-        is_open = [True] * claimed.body.k
-        for token_id in self.reply_ids[: params.max_tokens]:
-            while not self._stopped.is_set() and written[0] >= self.hold_at:
+        choices = [_Choice(self.tokenizer, params, self.reply_ids[:n]) for n in claimed.n]
+        for position, token_id in enumerate(self.reply_ids[: params.max_tokens]):
+            while not self._stopped.is_set() and position >= self.hold_at:
                 time.sleep(0.01)
-            for c in range(claimed.body.k):
-                if is_open[c]:
-                    text = streams[c].push(token_id)
-                    is_last = written[c] + 1 == params.max_tokens
-                    is_eos = token_id in self.tokenizer.eos_token_ids and not params.ignore_eos
-                    fin = None
-                    if streams[c].matched_stop is not None:
-                        fin = FinEntry("FINISHED", "stop", streams[c].matched_stop or "")
-                    elif is_eos or is_last:
-                        reason = "stop" if is_eos else "length"
-                        fin = FinEntry("FINISHED", reason, "", streams[c].finish(reason), 3)
-                    top = tuple((token_id + j, -0.25 - j) for j in range(params.logprobs or 0))
-                    logprobs = None if params.logprobs is None else (TokenLogprobs(-0.25, top),)
-                    entry = TokenEntry(written[c], hashes[c], (token_id,), (text,), logprobs)
-                    new_hash = roll(hashes[c], token_id)
+            for c, choice in enumerate(choices):
+                if choice.is_open and position == choice.n:
+                    entry, fin, new_hash = choice.push(token_id)
                     item = AppendItem(
-                        rid, epoch, token, "DECODING", c, written[c], hashes[c], new_hash, 1, _encode(entry),
+                        rid, epoch, token, "DECODING", c, entry.index, entry.prefix_hash, new_hash, 1, _encode(entry),
                         None if fin is None else _encode(fin),
                     )  # fmt: skip
                     if not self._append(item):
                         return
-                    written[c], hashes[c], is_open[c] = written[c] + 1, new_hash, fin is None
             if self.step_s:
                 time.sleep(self.step_s)
 
     def _append(self, item: AppendItem) -> bool:
-        reply = self.store.append_batch([item])[0]
-        return type(reply).__name__ == "Ok"
+        while not self._stopped.is_set():
+            try:
+                return isinstance(self.store.append_batch([item])[0], Ok | Dup)
+            except StateUnavailable:
+                time.sleep(0.05)
+        return False
 
     def _beat(self) -> None:
         if self.has_workers:
@@ -202,6 +197,37 @@ class Publisher:
                         blocks=blocks,
                     )
                 )
+
+
+class _Choice:
+    """One choice as a worker sees it, behind the ids that its log had at the claim."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, ids: list[int]) -> None:
+        self.is_open = True
+        self.n = len(ids)
+        self._hash = hash_of(ids)
+        self._params = params
+        self._eos = () if params.ignore_eos else tokenizer.eos_token_ids
+        self._text = TextStream(tokenizer, params)
+        for token_id in ids:
+            self._text.push(token_id)
+
+    def push(self, token_id: int) -> tuple[TokenEntry, FinEntry | None, int]:
+        """The next entry, the end if it brings one, and the hash behind it."""
+        text = self._text.push(token_id)
+        top = tuple((token_id + j, -0.25 - j) for j in range(self._params.logprobs or 0))
+        logprobs = None if self._params.logprobs is None else (TokenLogprobs(-0.25, top),)
+        entry = TokenEntry(self.n, self._hash, (token_id,), (text,), logprobs)
+        self._hash = roll(self._hash, token_id)
+        self.n += 1
+        fin = None
+        if self._text.matched_stop is not None:
+            fin = FinEntry("FINISHED", "stop", self._text.matched_stop)
+        elif token_id in self._eos or self.n == self._params.max_tokens:
+            reason = "stop" if token_id in self._eos else "length"
+            fin = FinEntry("FINISHED", reason, "", self._text.finish(reason), 3)
+        self.is_open = fin is None
+        return entry, fin, self._hash
 
 
 def wait_until(claim: Callable[[], object], *, timeout_s: float, what: str, log: list[str] | None = None) -> None:

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 ACCEPT_TRIES_S: Final = 5.0
 WORKERS_EVERY_S: Final = 1.0
-DRAIN_GRACE_S: Final = 5.0  # streams that end by themselves meanwhile need no error event
+DRAIN_GRACE_S: Final = 3.0  # streams that end by themselves meanwhile need no error event
 SETTLED: Final = "settled:"
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_notes: Final = msgspec.msgpack.Decoder(CallNotes).decode
@@ -108,7 +108,7 @@ class Gateway:
         self.store.close()
 
     def begin_drain(self) -> None:
-        """No new calls; open streams end with an error event in 5 s. Safe in a signal handler: takes no lock."""
+        """No new calls; open streams end with an error event in 3 s. Safe in a signal handler: takes no lock."""
         self.admission.is_draining = True
         if self._drained_at_s is None:
             self._drained_at_s = self.clock() + DRAIN_GRACE_S

@@ -96,7 +96,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "backlog": 2048,
         "keepalive": 15,
         "timeout": 60,
-        "graceful_timeout": round(DRAIN_GRACE_S) + 5,
+        "graceful_timeout": round(DRAIN_GRACE_S) + 2,
         "reuse_port": False,
         "control_socket_disable": True,
         "preload_app": False,

@@ -71,7 +71,8 @@ class Serving:
         if self._sock is not None:
             self._sock.settimeout(WRITE_DEADLINE_S)
         try:
-            silent_since_s = self.gateway.clock()
+            # The head goes out with the first byte: within a second, also while the request is queued.
+            silent_since_s = self.gateway.clock() + TICK_S - sse.HEARTBEAT_AFTER_S
             for batch in self.batches(tick_s=TICK_S):
                 if batch:
                     yield b"".join(self._events(told, with_ids=with_ids) for told in batch)
