@@ -15,10 +15,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+import corpus
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import corpus
 
 FOLDER = Path(__file__).resolve().parent
 MAX_ANSWER_TOKENS = 600

@@ -15,12 +15,11 @@ import json
 import random
 from pathlib import Path
 
+import corpus
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
-
-import corpus
 from evaluate import FOLDER, MAX_PROMPT_COMPLETION, ask, ask_sum, complete, first, last, load, prompt_ids
+from transformers import AutoModelForCausalLM
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
