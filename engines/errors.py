@@ -6,6 +6,7 @@ EngineError(retryable)
 │   ├── UnsupportedModel       a kind of model, rope, attention or quantisation that this engine does not have
 │   └── BadWeights             a weights file is damaged, or does not fit config.json
 ├── DeviceUnavailable          the device or dtype asked for is not to be had here
+├── PoolTooSmall               the KV pool cannot hold one sequence of the longest length
 ├── ForwardFailed              one step failed in torch (memory, mostly)                       (retryable)
 └── NonFiniteLogits            a step's logits are NaN: damaged KV or weights, never sampled   (retryable)
 """
@@ -58,6 +59,19 @@ class DeviceUnavailable(EngineError):
         super().__init__(f"`{asked}` cannot be used: {why}. {hint}")
         self.asked = asked
         self.why = why
+
+
+class PoolTooSmall(EngineError):
+    """One sequence of `max_model_len` tokens would never get its blocks."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, block_bytes: int, max_model_len: int) -> None:
+        needed = -(-max_model_len // block_size)
+        super().__init__(
+            f"{num_blocks} KV blocks of {block_size} tokens hold less than one sequence of {max_model_len} tokens. "
+            f"Expected at least {needed} blocks of {block_bytes} bytes ({needed * block_bytes / 2**20:.1f} MiB): "
+            "raise `kv.memory_bytes` or lower `model.max_model_len`."
+        )
+        self.needed_blocks = needed
 
 
 class ForwardFailed(EngineError):

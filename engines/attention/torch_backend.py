@@ -52,7 +52,7 @@ class _PrefillRow:
 
 
 class TorchAttention:
-    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. For the engine thread only."""
+    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
 
     def __init__(self, kv: Tensor) -> None:
         self._kv = kv

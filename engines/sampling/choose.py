@@ -1,9 +1,9 @@
 """The random choice: temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution.
 
 Sorting a whole vocabulary is what sampling costs, and nearly always the choice falls into the few likeliest tokens. So
-only those are sorted first, with their true probabilities (the normaliser is a sum over the whole row). A row is decided
-by them when nothing beyond them can change its result; else it is done again with everything sorted. Both give the same
-token.
+only those are sorted first, with their true probabilities (the normaliser is a sum over the whole row). A row is
+decided by them when nothing beyond them can change its result; else it is done again with everything sorted. Both give
+the same token.
 """
 
 from __future__ import annotations

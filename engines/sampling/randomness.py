@@ -7,6 +7,7 @@ position of the token decides its number. After splitmix64 (Steele, Lea, Flood; 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -14,7 +15,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 
 
-def uniforms(counters: list[tuple[int, int, int]]) -> np.ndarray:
+def uniforms(counters: list[tuple[int, int, int]]) -> NDArray[np.float64]:
     """`[num_rows]` float64 in [0, 1), one per (seed, choice, index). Seeds may be any integer, taken modulo 2**64."""
     words = np.array([[seed & _MASK, choice, index] for seed, choice, index in counters], dtype=np.uint64).reshape(
         -1, 3
@@ -22,10 +23,11 @@ def uniforms(counters: list[tuple[int, int, int]]) -> np.ndarray:
     state = np.zeros(len(words), dtype=np.uint64)
     for column in words.T:
         state = _mix((state ^ column) + _GOLDEN)
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
+    return np.bitwise_xor(z, z >> np.uint64(31))

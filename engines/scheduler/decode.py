@@ -4,8 +4,8 @@
     add (without) -> waiting --admit: prefix, all its blocks--> running --chunks, then tokens--> remove
                                                                 running --blocks ran out--> StepPlan.preempted
 
-After Orca (OSDI 2022): sequences join and leave between steps; and Sarathi-Serve (OSDI 2024): decode rows first, what is
-left of the token budget goes to chunks of prompts.
+After Orca (OSDI 2022): sequences join and leave between steps; and Sarathi-Serve (OSDI 2024): decode rows first, what
+is left of the token budget goes to chunks of prompts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which prompts a prefill worker computes next. Pure: no clock, no tensors, no I/O.
 
-    add -> waiting --admit: cached prefix found, blocks for the whole prompt--> running --chunks--> computed, out of here
+    add -> waiting --admit: cached prefix found, blocks for the whole prompt--> running --chunks--> computed, gone
 
-A batch forms when it is worth a forward pass, or when its oldest has waited long enough. After DistServe and Sarathi-Serve
-(OSDI 2024): a prompt longer than the token budget is computed in chunks, and the rest of the budget goes to others.
+A batch forms when it is worth a forward pass, or when its oldest has waited long enough. After DistServe and
+Sarathi-Serve (OSDI 2024): a prompt longer than the token budget is computed in chunks; the rest goes to others.
 """
 
 from __future__ import annotations
