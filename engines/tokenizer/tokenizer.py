@@ -22,7 +22,8 @@ class Tokenizer:
     """Immutable once built, and thread-safe.
 
     Attributes:
-        vocab_size: valid ids are 0..vocab_size-1 (rows that pad the model's embedding do not count).
+        vocab_size: valid ids are 0..vocab_size-1. A model may have more rows, to pad its embedding; such an id
+            can be sampled, but has no text.
         eos_token_ids: tokens that end a reply, from generation_config.json or the next file that names one.
         digest: hex digest over everything here that decides ids and prompts; equal on gateway and workers.
         template_error: why chat is off although the model has a template, else "".
@@ -50,8 +51,8 @@ class Tokenizer:
             ) from error
         self.strip_left = token_bytes.strip_left
         self.digest = files.digest
-        self._pieces = [pieces.get(token_id, "") for token_id in range(self.vocab_size)]
-        self._bytes = [token_bytes.bytes_of(piece) for piece in self._pieces]
+        num_ids = max(self.vocab_size, files.num_embeddings or 0)
+        self._bytes = [token_bytes.bytes_of(pieces.get(token_id, "")) for token_id in range(num_ids)]
         self.max_token_bytes = max(map(len, self._bytes))
         special = {k: token for k, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids = frozenset(special)
@@ -103,7 +104,7 @@ class Tokenizer:
         """Bytes that one token adds to a text; of a special token, its name.
 
         Raises:
-            UnknownTokenId: outside of the vocabulary.
+            UnknownTokenId: outside of the vocabulary and of the padding of the embedding.
         """
         self._check_id(token_id)
         return self._bytes[token_id]
@@ -176,7 +177,7 @@ class Tokenizer:
         raise ChatTemplateError(self.template_error or "this model has no chat template: use /v1/completions")
 
     def _check_id(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
+        if not 0 <= token_id < len(self._bytes):
             raise UnknownTokenId(token_id, self.vocab_size)
 
 

@@ -127,6 +127,15 @@ def test_unknown_id_is_refused_with_the_range() -> None:
         TOKENIZER.decode([2560])
 
 
+def test_id_that_only_pads_the_embedding_has_no_text(make_folder: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.from_folder(make_folder(config={"vocab_size": 2600}))
+    (letter,) = tokenizer.encode("a")
+
+    assert tokenizer.vocab_size == 2560
+    assert tokenizer.token_text(2599) == ""
+    assert tokenizer.decode([letter, 2599, letter]) == "aa"
+
+
 # ---------------------------------------------------------------- special tokens written by clients
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_special_tokens_in_a_message_cannot_change_roles(role: str) -> None:
