@@ -1,4 +1,4 @@
-"""Models from the hub, through the real hub client against a small hub on the loopback."""
+"""Models from folders, and from the hub through the real hub client against a small hub on the loopback."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from engines.models.source import ModelSourceError, resolve_model, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_CHAT = ROOT / "models" / "tiny-chat"
@@ -166,3 +168,61 @@ def test_offline_without_a_copy_says_what_was_tried(tmp_path: Path) -> None:
     assert "no such folder here" in error
     assert "http://127.0.0.1:9 could not be reached" in error
     assert str(tmp_path) in error
+
+
+# ---------------------------------------------------------------- folders
+def make_folder(folder: Path, **files: bytes) -> Path:
+    """`model_safetensors=b".."` becomes the file model.safetensors."""
+    for name, content in files.items():
+        stem, _, suffix = name.rpartition("_")
+        (folder / f"{stem}.{suffix}").write_bytes(content)
+    return folder
+
+
+def test_bundled_model_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert resolve_model("models/tiny-chat") == TINY_CHAT
+
+
+def test_path_that_does_not_exist_names_the_places_looked_at() -> None:
+    with pytest.raises(ModelSourceError, match=r"no such folder \(looked at not/here"):
+        resolve_model("./not/here")
+
+
+def test_file_instead_of_a_folder_is_refused() -> None:
+    with pytest.raises(ModelSourceError, match="is a file"):
+        resolve_model(str(TINY_CHAT / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"notes_txt": b"x"}, r"has no config.json \(it has: notes.txt\)"),
+        ({"config_json": b"{}"}, r"has no \*.safetensors file"),
+        ({"config_json": b"{}", "pytorch_model_bin": b"\x80\x02"}, r"only pickled weights \(pytorch_model.bin\)"),
+        ({"config_json": b"{}", "model_gguf": b"GGUF"}, "GGUF weights"),
+        ({"config_json": b"{}", "model_safetensors": b""}, "an empty file"),
+        ({"config_json": b"{}", "model_safetensors": b"version https://git-lfs.github.com"}, "a Git LFS pointer"),
+        ({"config_json": b"{}", "model_safetensors": b"<!DOCTYPE html>"}, "an HTML page"),
+        ({"config_json": b"{}", "model_safetensors": b"\x80\x02}q\x00" + b"x" * 20}, "a pickle"),
+        ({"config_json": b"{}", "model_safetensors": b"PK\x03\x04" + b"x" * 20}, "a pickle"),
+    ],
+)
+def test_folder_without_usable_weights_is_refused_with_the_reason(
+    tmp_path: Path, files: dict[str, bytes], problem: str
+) -> None:
+    with pytest.raises(ModelSourceError, match=problem) as caught:
+        resolve_model(str(make_folder(tmp_path, **files)))
+
+    assert not caught.value.retryable
+
+
+def test_digest_changes_with_one_bit_of_the_weights(tmp_path: Path) -> None:
+    content = b"\x08" + b"\x00" * 7 + b"{}      " + b"w" * 100
+    folder = make_folder(tmp_path, config_json=b"{}", model_safetensors=content)
+    before = weights_digest(folder)
+
+    (folder / "model.safetensors").write_bytes(content[:-1] + b"v")
+
+    assert weights_digest(folder) != before
