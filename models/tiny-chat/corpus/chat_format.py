@@ -58,7 +58,7 @@ CHAT_TEMPLATE = """{%- if tools %}
 
 
 def render(messages, tools=None, add_generation_prompt=False):
-    """the same text as CHAT_TEMPLATE, in plain Python (checked by `train.py tokenizer`)"""
+    """The same text as CHAT_TEMPLATE gives (checked by `python -m training tokenizer`)."""
     out, ms = [], list(messages)
     if tools:
         sysm = ms.pop(0)["content"] + "\n\n" if ms[0]["role"] == "system" else ""
