@@ -1,7 +1,6 @@
 """Which fields a body may have: served, neutral only, ignored, or refused by name with what to use instead.
 
-A field is never silently ignored when the answer would differ. The tables are the whole surface; docs are generated
-from what stands here, and a test sends one body per row.
+A field is never silently ignored when the answer would differ. The tables are the whole surface.
 """
 
 from __future__ import annotations

@@ -218,9 +218,9 @@ class Follower:
         if self._num_accepts_again >= MAX_ACCEPTS_AGAIN or remaining_s <= 0:
             message = f"the record of request {self.rid} was lost {self._num_accepts_again + 1} times; send it again"
             raise StreamFailed(503, "not_ready", message)
-        self._num_accepts_again += 1
         _log.warning("request %s: its record is gone; accepting it again", self.rid)
         accepted = self._store.accept(dataclasses.replace(self._request, deadline_in_s=remaining_s))
+        self._num_accepts_again += 1  # only now: a call without a reply is repeated
         self._send_turns(accepted.turns)
 
     def _catch_up(self, reply: Attached, position: Position) -> bool:
