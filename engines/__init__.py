@@ -4,5 +4,5 @@ Owns everything between token ids in and token ids out. Must not know Redis, Cel
 `engines.tokenizer`, which the front uses). `torch` is imported only by modules that the engine process runs:
 `models.llama`, `models.loader`, `models.rope`, `kv_region`, `attention.*`, `sampling.*`, `runner`, `factory`, `build`.
 Everything else here (messages, params, sequence, scheduler, errors, `models.config`) is plain Python, for the front,
-the gateway and the planner as well. Import from the modules; this package re-exports nothing: importing it costs nothing.
+the gateway and the planner as well. Import from the modules: this package re-exports nothing and costs nothing.
 """

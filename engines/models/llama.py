@@ -108,7 +108,7 @@ class LlamaModel:
         config = self.config
         normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-        q, k, v = torch.split(qkv, (config.q_size, config.kv_size, config.kv_size), dim=-1)
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         q = q.view(-1, config.num_heads, config.head_dim)
         k = k.view(-1, config.num_kv_heads, config.head_dim)
         v = v.view(-1, config.num_kv_heads, config.head_dim)

@@ -30,4 +30,5 @@ def uniforms(counters: list[tuple[int, int, int]]) -> NDArray[np.float64]:
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return np.bitwise_xor(z, z >> np.uint64(31))
+    mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed
