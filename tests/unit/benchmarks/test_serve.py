@@ -1,15 +1,13 @@
-"""A whole run against a small OpenAI-like server in the same event loop."""
+"""A whole run against a small OpenAI-like server on the loopback."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from benchmarks.client import RequestRecord
 from benchmarks.cluster import describe_layout
@@ -18,72 +16,14 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import plot_rows, result_object, to_json
 from benchmarks.serve import Run, Slo, run_load, summarize_run
 from benchmarks.stats import Ratio
+from tests.unit.benchmarks.fake_server import GOOD, FakeServer, chunk, sse
 
 SPEC = LoadSpec(float("inf"), Fixed(7), Fixed(3), num_requests=4)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def sse(*events: dict[str, Any] | str) -> str:
-    return "".join(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events)
-
-
-def chunk(text: str) -> dict[str, Any]:
-    return {"id": "cmpl-1", "choices": [{"index": 0, "text": text}]}
-
-
-def usage(num_tokens: int) -> dict[str, Any]:
-    return {"id": "cmpl-1", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": num_tokens}}
-
-
-GOOD = sse(chunk("a"), chunk("b"), chunk("c"), usage(3), "[DONE]")
-
-
-class FakeServer:
-    """Answers every completion with the same bytes."""
-
-    def __init__(self, answer: str, status: int = 200) -> None:
-        self._answer = answer
-        self._status = status
-        self.bodies: list[dict[str, Any]] = []
-        self.num_live = 0
-        self.max_live = 0
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        self.bodies.append(await request.json())
-        self.num_live += 1
-        self.max_live = max(self.max_live, self.num_live)
-        for _ in range(20):  # let the others in
-            await asyncio.sleep(0)
-        self.num_live -= 1
-        return web.Response(text=self._answer, status=self._status, content_type="text/event-stream")
-
-    def run(self, spec: LoadSpec = SPEC, **kwargs: Any) -> Run:
-        async def main() -> Run:
-            app = web.Application()
-            app.router.add_get("/v1/models", self._models)
-            app.router.add_post("/tokenize", self._tokenize)
-            app.router.add_post("/v1/completions", self.complete)
-            app.router.add_get("/v1/requests/{id}", self._request)
-            runner = web.AppRunner(app)
-            await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            port = runner.addresses[0][1]
-            try:
-                return await run_load(f"http://127.0.0.1:{port}", spec, **kwargs)
-            finally:
-                await runner.cleanup()
-
-        return asyncio.run(main())
-
-    async def _models(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"data": [{"id": "tiny"}]})
-
-    async def _tokenize(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"tokens": list(range(10, 90))})
-
-    async def _request(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"timings_ms": {"queue": 1.5, "prefill": 2.5, "transfer": None}})
+def run(server: FakeServer, **kwargs: Any) -> Run:
+    with server as url:
+        return asyncio.run(run_load(url, SPEC, **kwargs))
 
 
 def row_of(run: Run, slo: Slo | None = None) -> dict[str, Any]:
@@ -93,7 +33,7 @@ def row_of(run: Run, slo: Slo | None = None) -> dict[str, Any]:
 def test_run_counts_tokens_and_phases_of_every_request() -> None:
     server = FakeServer(GOOD)
 
-    row = row_of(server.run())
+    row = row_of(run(server))
 
     assert (row["num_requests"], row["num_ok"], row["errors"], row["model"]) == (4, 4, {}, "tiny")
     assert row["output_tokens_per_s"] == pytest.approx(12 / row["duration_s"])
@@ -104,7 +44,7 @@ def test_run_counts_tokens_and_phases_of_every_request() -> None:
 
 def test_prompts_have_their_lengths_and_are_all_different() -> None:
     server = FakeServer(GOOD)
-    server.run()
+    run(server)
 
     assert {len(body["prompt"]) for body in server.bodies} == {7}
     assert {body["max_tokens"] for body in server.bodies} == {3}
@@ -113,7 +53,7 @@ def test_prompts_have_their_lengths_and_are_all_different() -> None:
 
 def test_concurrency_limit_holds() -> None:
     server = FakeServer(GOOD)
-    server.run(concurrency_limit=2)
+    run(server, concurrency_limit=2)
 
     assert server.max_live == 2
 
@@ -128,7 +68,7 @@ def test_concurrency_limit_holds() -> None:
     ],
 )
 def test_failures_are_counted_by_their_code(answer: str, status: int, error: str) -> None:
-    row = row_of(FakeServer(answer, status).run())
+    row = row_of(run(FakeServer(answer, status)))
 
     assert row["errors"] == {error: 4}
     assert (row["num_ok"], row["goodput_rps"]) == (0, 0.0)
