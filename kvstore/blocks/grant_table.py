@@ -94,6 +94,10 @@ class GrantTable:
     def find_serial(self, serial: int) -> Grant | None:
         return self._by_serial.get(serial)
 
+    def reservation(self, xfer: str) -> Reservation:
+        """Of a transfer that waits for the engine's answer."""
+        return self._pending[xfer].reservation
+
     def blocks_by_state(self) -> dict[str, int]:
         counts = {state.value: 0 for state in GrantState if state is not GrantState.FREE}
         for grant in self._grants.values():

@@ -1,1 +1,44 @@
-"""Filled in by its owner."""
+"""Moves KV blocks between workers: listeners, handshakes, and transfers over shared memory or tcp, all in `KVNode`.
+
+Owns bytes in a `KVRegion`, the wire format, and the states of transfers at both ends. Must not know tensors, models,
+schedulers or Redis: blocks are ids, a request is an opaque id with an epoch and a token.
+"""
+
+from kvstore.transport.errors import BadFrame, HandshakeRefused, RegionError, TransportError
+from kvstore.transport.events import (
+    Arrived,
+    BlocksFree,
+    Event,
+    GrantReceived,
+    GrantRefused,
+    Handed,
+    PushFailed,
+    Refused,
+    ReserveRequested,
+    SourceFree,
+)
+from kvstore.transport.node import KVNode
+from kvstore.transport.receiver import OverdueWriter
+from kvstore.transport.region import KVRegion
+from kvstore.transport.settings import Times
+
+__all__ = [
+    "Arrived",
+    "BadFrame",
+    "BlocksFree",
+    "Event",
+    "GrantReceived",
+    "GrantRefused",
+    "Handed",
+    "HandshakeRefused",
+    "KVNode",
+    "KVRegion",
+    "OverdueWriter",
+    "PushFailed",
+    "Refused",
+    "RegionError",
+    "ReserveRequested",
+    "SourceFree",
+    "Times",
+    "TransportError",
+]

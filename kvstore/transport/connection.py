@@ -1,0 +1,264 @@
+"""One non-blocking stream between two KV nodes: frames out of a queue, frames into bodies or straight into pages.
+
+Owned by the `kv` thread. Knows the wire format and nothing of grants: whoever reads passes a `PageSink`, which says
+where the pages of a DATA frame go, or refuses them before a byte is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
+
+from kvstore.transport.errors import BadFrame
+from kvstore.transport.frames import DATA_HEADER, HEADER, DataHeader, FrameType, parse_data_header, parse_header
+
+MAX_IOV = 512  # the kernel takes 1,024
+READ_BUDGET_BYTES = 8 << 20  # per call, so that one busy link does not starve the others
+CONTROL_LIMIT_BYTES = 64 << 20  # queued to a peer that does not read
+
+
+class PageSink(Protocol):
+    def page_views(self, header: DataHeader, num_bytes: int) -> list[memoryview]:
+        """Where to put `num_bytes` of page runs. Raises BadFrame; then nothing is written."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    views: deque[memoryview]
+    num_bytes: int
+    tag: str = ""  # transfer whose source pages these are
+    fds: Sequence[int] = ()
+    is_started: bool = False
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """What is being read: `targets` are filled in order."""
+
+    targets: deque[memoryview] = field(default_factory=deque)
+    kind: FrameType = FrameType.HEARTBEAT
+    length: int = 0
+    raw: bytearray = field(default_factory=bytearray)
+    header: DataHeader | None = None
+
+
+class _Stage(Enum):
+    HEADER = auto()
+    BODY = auto()
+    DATA_HEADER = auto()
+    PAGES = auto()
+
+
+class Connection:
+    """`last_heard_s` and `last_progress_s` are set by the owner's clock through `now_s` of each call."""
+
+    def __init__(self, sock: socket.socket, protocol: str, now_s: float) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.protocol = protocol
+        self.last_heard_s = now_s
+        self.last_sent_s = now_s
+        self.is_greeting = True  # small frames only, and descriptors may come
+        self.fds: list[int] = []
+        self._sock = sock
+        self._out: deque[_Outgoing] = deque()
+        self._out_bytes = 0
+        self._in = _Incoming()
+        self._stage = _Stage.HEADER
+        self._expect(_Stage.HEADER, HEADER.size)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def connect_result(self) -> int | None:
+        """Of a `connect` that was begun: 0 when it is through, None while it goes on, else the errno."""
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            return code
+        try:
+            self._sock.getpeername()
+        except OSError:
+            return None
+        return 0
+
+    def peer_credentials(self) -> tuple[int, int]:
+        """(pid, uid) of the process at the other end of a unix socket; (0, -1) for tcp."""
+        if self._sock.family != socket.AF_UNIX:
+            return 0, -1
+        pid, uid, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid
+
+    @property
+    def num_queued_bytes(self) -> int:
+        return self._out_bytes
+
+    @property
+    def is_closed(self) -> bool:
+        return self._sock.fileno() < 0
+
+    # ---------------------------------------------------------------- out
+    def send(self, data: bytes, *, fds: Sequence[int] = ()) -> None:
+        """Queue a control frame. Descriptors go with its first byte.
+
+        Raises:
+            BadFrame: the peer has not read for so long that the queue is full (`backlog`).
+        """
+        if self._out_bytes + len(data) > CONTROL_LIMIT_BYTES:
+            raise BadFrame(reason="backlog", detail=f"{self._out_bytes} bytes are queued")
+        self._queue(_Outgoing(deque([memoryview(data)]), len(data), fds=fds))
+
+    def send_pages(self, header: bytes, views: Sequence[memoryview], *, tag: str) -> None:
+        """Queue a DATA frame that reads `views` when it is sent: they must not change until `is_sending` is False."""
+        self._queue(_Outgoing(deque([memoryview(header), *views]), len(header) + sum(map(len, views)), tag))
+
+    def drop_unsent(self, tag: str) -> None:
+        """Forget DATA frames of a transfer; one that is half on the wire must be finished."""
+        kept = deque(item for item in self._out if item.tag != tag or item.is_started)
+        self._out_bytes = sum(item.num_bytes for item in kept)
+        self._out = kept
+
+    def is_sending(self, tag: str) -> bool:
+        return any(item.tag == tag for item in self._out)
+
+    def flush(self, now_s: float) -> None:
+        """Send what the socket takes. Raises OSError: the connection is gone."""
+        with contextlib.suppress(BlockingIOError):
+            while self._out:
+                self._send_some(now_s)
+
+    def _queue(self, item: _Outgoing) -> None:
+        self._out.append(item)
+        self._out_bytes += item.num_bytes
+
+    def _send_some(self, now_s: float) -> None:
+        views: list[memoryview] = []
+        for item in self._out:
+            if item.fds and views:
+                break
+            views.extend(view for view, _ in zip(item.views, range(MAX_IOV - len(views)), strict=False))
+            if item.fds or len(views) >= MAX_IOV:
+                break
+        first = self._out[0]
+        if first.fds:
+            num_sent = socket.send_fds(self._sock, views, list(first.fds))
+            first.fds = ()
+        else:
+            num_sent = self._sock.sendmsg(views)
+        self.last_sent_s = now_s
+        self._out_bytes -= num_sent
+        while num_sent:
+            item = self._out[0]
+            item.is_started = True
+            view = item.views.popleft()
+            item.num_bytes -= min(num_sent, len(view))
+            if num_sent < len(view):
+                item.views.appendleft(view[num_sent:])
+                return
+            num_sent -= len(view)
+            if not item.views:
+                self._out.popleft()
+
+    # ---------------------------------------------------------------- in
+    def read(self, sink: PageSink, now_s: float) -> Iterator[tuple[FrameType, bytearray | DataHeader]]:
+        """Whole frames that are there: (type, body), or (DATA, header) when its pages have landed.
+
+        Raises:
+            BadFrame, EOFError, OSError: the connection must be closed.
+        """
+        budget = READ_BUDGET_BYTES
+        while budget > 0:
+            try:
+                num_bytes = self._receive()
+            except BlockingIOError:
+                return
+            if num_bytes == 0:
+                raise EOFError("closed by the peer")
+            self.last_heard_s = now_s
+            budget -= num_bytes
+            if not self._in.targets:
+                done = self._advance(sink)
+                if done is not None:
+                    yield done
+
+    def _receive(self) -> int:
+        targets = self._in.targets
+        views = [view for view, _ in zip(targets, range(MAX_IOV), strict=False)]
+        if self.is_greeting and self._sock.family == socket.AF_UNIX:
+            num_bytes, ancillary, _, _ = self._sock.recvmsg_into(views, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    self.fds += memoryview(payload[: len(payload) // 4 * 4]).cast("i").tolist()
+        else:
+            num_bytes = self._sock.recvmsg_into(views)[0] if len(views) > 1 else self._sock.recv_into(views[0])
+        left = num_bytes
+        while left:
+            view = targets.popleft()
+            if left < len(view):
+                targets.appendleft(view[left:])
+                break
+            left -= len(view)
+        return num_bytes
+
+    def _expect(self, stage: _Stage, num_bytes: int) -> None:
+        self._stage = stage
+        self._in.raw = bytearray(num_bytes)
+        self._in.targets.append(memoryview(self._in.raw))
+
+    def _advance(self, sink: PageSink) -> tuple[FrameType, bytearray | DataHeader] | None:
+        """The targets are full: what comes next? A frame, when one is whole."""
+        incoming = self._in
+        if self._stage is _Stage.HEADER:
+            incoming.kind, incoming.length = parse_header(incoming.raw)
+            if self.is_greeting and (incoming.length > 4096 or incoming.kind is FrameType.DATA):
+                raise BadFrame(
+                    reason="state", detail=f"{incoming.kind.name} of {incoming.length} bytes in the handshake"
+                )
+            if incoming.kind is FrameType.DATA:
+                self._expect(_Stage.DATA_HEADER, DATA_HEADER.size)
+                return None
+            if incoming.length:
+                self._expect(_Stage.BODY, incoming.length)
+                return None
+            incoming.raw = bytearray()
+        elif self._stage is _Stage.DATA_HEADER:
+            incoming.header = parse_data_header(incoming.raw)
+            incoming.targets.extend(sink.page_views(incoming.header, incoming.length - DATA_HEADER.size))
+            self._stage = _Stage.PAGES
+            return None
+        body = incoming.header if incoming.kind is FrameType.DATA and incoming.header else incoming.raw
+        self._expect(_Stage.HEADER, HEADER.size)
+        return incoming.kind, body
+
+    # ---------------------------------------------------------------- end
+    def end_output(self) -> None:
+        """Tell the peer that we say no more, and go on reading until it closes."""
+        self._out.clear()
+        self._out_bytes = 0
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def discard(self) -> None:
+        """Read and throw away. Raises EOFError or OSError when the peer has closed."""
+        with contextlib.suppress(BlockingIOError):
+            while self._sock.recv(1 << 16):
+                pass
+            raise EOFError("closed by the peer")
+
+    def close(self) -> None:
+        """Close at once. Queued frames are lost, page views are let go, descriptors nobody took are closed."""
+        self._out.clear()
+        self._out_bytes = 0
+        self._in.targets.clear()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+        self._sock.close()

@@ -1,0 +1,261 @@
+"""The KV node of one engine process: listeners, links to peers, and the `kv` thread that moves bytes.
+
+    engine thread ── commands (deque + eventfd) ──▶ kv thread: Loop, WriterSide, ReceiverSide
+                  ◀── events (deque + wake_fd) ────
+
+No public method blocks, but `stop`. After the `kv` thread has failed, `poll_events` raises: the engine must not go on
+with grants that nobody keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from kvstore.address import KVAddress
+from kvstore.clock import Clock, now_s
+from kvstore.transport.errors import TransportError
+from kvstore.transport.events import Event, ReserveRequested
+from kvstore.transport.listeners import TcpListener, UnixListener
+from kvstore.transport.loop import Loop
+from kvstore.transport.receiver import OverdueWriter, ReceiverSide
+from kvstore.transport.region import KVRegion
+from kvstore.transport.settings import NodeContext, Times, host_id
+from kvstore.transport.transfers import Transfer
+from kvstore.transport.writer import WriterSide
+
+MAX_ID_CHARS = 256
+MAX_STATE_BYTES = 15 << 20
+STOP_TIMEOUT_S = 5.0
+
+
+class KVNode:
+    """One per engine process. All methods are for the engine thread.
+
+    Args:
+        region: our blocks; peers write into those that are granted to them.
+        secret: of the cluster; both ends of a link prove that they know it.
+        compat: hash over all that two workers must agree on; another one is refused at the handshake.
+        protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
+        run_dir: where the unix socket goes.
+        bind: address of the tcp listener.
+    """
+
+    def __init__(
+        self,
+        *,
+        incarnation: str,
+        region: KVRegion,
+        secret: bytes,
+        compat: str,
+        protocols: Sequence[str] = ("shm", "tcp"),
+        run_dir: str = "",
+        bind: str = "127.0.0.1",
+        checksum: bool = True,
+        times: Times | None = None,
+        clock: Clock = now_s,
+    ) -> None:
+        if not secret:
+            raise ValueError("the cluster secret is empty; set one (`secret`), the same for all workers")
+        unknown = set(protocols) - {"shm", "tcp"}
+        if unknown or not protocols:
+            raise ValueError(f"transfer protocols {list(protocols)}: expected shm, tcp or both (`transfer.protocol`)")
+        self.num_layers = region.num_layers
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._events: deque[Event] = deque()
+        self._context = NodeContext(
+            incarnation=incarnation,
+            region=region,
+            secret=secret,
+            compat=compat,
+            protocols=tuple(protocols),
+            checksum=checksum,
+            clock=clock,
+            emit=self._emit,
+            times=times or Times(),
+            host_id=host_id(),
+        )
+        self._run_dir = run_dir
+        self._bind = bind
+        self._loop = Loop(clock)
+        self._writer = WriterSide(self._context, self._loop)
+        self._receiver = ReceiverSide(self._context, self._loop)
+        self._listeners: list[UnixListener | TcpListener] = []
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="kv", daemon=True)
+
+    # ---------------------------------------------------------------- life
+    def start(self) -> KVAddress:
+        """Listen and start the `kv` thread.
+
+        Raises:
+            OSError: a listener cannot be bound.
+        """
+        unix_path, tcp_port, context = "", 0, self._context
+        if "shm" in context.protocols:
+            unix = UnixListener(self._receiver.accept, context.clock, run_dir=self._run_dir, name=context.incarnation)
+            self._listeners.append(unix)
+            unix_path = unix.path
+        if "tcp" in context.protocols:
+            tcp = TcpListener(self._receiver.accept, context.clock, bind=self._bind)
+            self._listeners.append(tcp)
+            tcp_port = tcp.port
+        for listener in self._listeners:
+            self._loop.add(listener)
+        self._thread.start()
+        return KVAddress(
+            incarnation=context.incarnation,
+            host_id=context.host_id,
+            unix_path=unix_path,
+            tcp_host=self._bind if tcp_port else "",
+            tcp_port=tcp_port,
+            compat=context.compat,
+        )
+
+    def stop(self) -> None:
+        """Close all links, then the listeners. Peers see EOF; our memory stays mapped until the process ends."""
+        self._loop.post(self._loop.stop)
+        if self._thread.ident is not None:
+            self._thread.join(STOP_TIMEOUT_S)
+        if not self._thread.is_alive():
+            os.close(self.wake_fd)
+            self.wake_fd = -1
+
+    # ---------------------------------------------------------------- writer
+    def reserve(
+        self, target: KVAddress, xfer: str, *, rid: str, epoch: int, token: str, num_blocks: int, deadline_s: float
+    ) -> None:
+        """Ask `target` for a grant: `GrantReceived` or `GrantRefused` follows.
+
+        Args:
+            xfer: a new id each time; one that was closed is never used again.
+            deadline_s: seconds from now; then the transfer is closed, whatever its state.
+        """
+        for name, value in (("xfer", xfer), ("rid", rid), ("token", token)):
+            if not 1 <= len(value) <= MAX_ID_CHARS:
+                raise ValueError(f"{name} has {len(value)} characters; expected 1 to {MAX_ID_CHARS}")
+        now = self._context.clock()
+        ends_s = now + self._context.times.reserve_s
+        transfer = Transfer(xfer, rid, epoch, token, num_blocks, ends_s, now + deadline_s)
+        self._post(lambda: self._writer.reserve(target, transfer))
+
+    def push(self, xfer: str, pairs: list[tuple[int, int]], layer_lo: int, layer_hi: int) -> None:
+        """Move layers [lo, hi) of blocks, each (own block, place in the grant). They must not change until the end.
+
+        Without effect when the transfer is over: its end waits in `poll_events`.
+        """
+        self._post(lambda: self._writer.push(xfer, pairs, layer_lo, layer_hi))
+
+    def commit(self, xfer: str, *, src_blocks: list[int], num_tokens: int, state: bytes) -> None:
+        """After all pushes: `src_blocks` fill the grant from its first place on, and hold `num_tokens` tokens."""
+        if len(state) > MAX_STATE_BYTES:
+            raise ValueError(f"the state of {xfer} has {len(state)} bytes; at most {MAX_STATE_BYTES} fit a COMMIT")
+        blocks = list(src_blocks)
+        self._post(lambda: self._writer.commit(xfer, blocks, num_tokens, state))
+
+    def abandon(self, xfer: str) -> None:
+        """Close a transfer. `SourceFree` follows when its source blocks are read no more, also if it is over."""
+        self._post(lambda: self._writer.abandon(xfer))
+
+    # ---------------------------------------------------------------- receiver
+    def grant(self, request: ReserveRequested, blocks: list[int] | None, reason: str = "") -> None:
+        """Answer a `ReserveRequested`, once: blocks out of the engine's pool, or None to refuse.
+
+        They come back by `BlocksFree`, unless `settle` says that a sequence owns them.
+        """
+        if blocks is not None and len(blocks) != request.num_blocks:
+            raise ValueError(f"{len(blocks)} blocks for {request.xfer}, which asks for {request.num_blocks}")
+        self._post(lambda: self._receiver.grant(request.xfer, blocks, reason))
+
+    def settle(self, xfer: str, handed: bool) -> None:
+        """After `handoff` of an `Arrived`: the blocks are a sequence's now, or they come back by `BlocksFree`.
+
+        Before `Arrived`, `handed=False` cancels: the writer is fenced, then the blocks come back.
+        """
+        self._post(lambda: self._receiver.settle(xfer, handed))
+
+    # ---------------------------------------------------------------- both
+    def poll_events(self) -> list[Event]:
+        """All events that wait, in order; does not block.
+
+        Raises:
+            TransportError: the `kv` thread has failed; this engine must end.
+        """
+        self._writer.engine_seen_s = self._context.clock()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake_fd)  # before the queue is emptied: an event that comes now wakes again
+        if self._failure is not None:
+            raise TransportError("the kv thread failed; restart this engine") from self._failure
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def grants(self) -> dict[str, int]:
+        """Blocks in grants by state: LEASED, COMMITTED, QUARANTINED."""
+        return dict(self._receiver.blocks_by_state)
+
+    def overdue_writers(self) -> tuple[OverdueWriter, ...]:
+        """Writers that have left FENCE unanswered for 3 s."""
+        return self._receiver.overdue
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_tcp."""
+        return dict(self._context.counters)
+
+    def rejects(self) -> dict[str, int]:
+        """`kv_reject_total` by reason."""
+        return dict(self._context.rejects)
+
+    def check_invariants(self) -> None:
+        """Of the grant table, in the `kv` thread. Raises AssertionError, or TimeoutError after 5 s."""
+        done = threading.Event()
+        faults: list[AssertionError] = []
+
+        def check() -> None:
+            try:
+                self._receiver.table.check_invariants()
+            except AssertionError as error:
+                faults.append(error)
+            done.set()
+
+        self._loop.post(check)
+        if not done.wait(STOP_TIMEOUT_S):
+            raise TimeoutError("the kv thread did not answer within 5 s")
+        if faults:
+            raise faults[0]
+
+    # ---------------------------------------------------------------- private
+    def _post(self, command: object) -> None:
+        self._writer.engine_seen_s = self._context.clock()
+        assert callable(command)
+        self._loop.post(command)
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.eventfd_write(self.wake_fd, 1)
+
+    def _run(self) -> None:
+        """The `kv` thread."""
+        try:
+            self._loop.run(tick=self._tick, work=self._work)
+            self._writer.stop()  # first: after this nothing of ours is written into a peer's pages
+            self._receiver.stop()
+        except BaseException as error:  # told to the engine thread, which ends the process
+            self._failure = error
+            os.eventfd_write(self.wake_fd, 1)
+        for listener in self._listeners:
+            listener.close()
+        self._loop.close()
+
+    def _work(self) -> bool:
+        is_writing, is_verifying = self._writer.work(), self._receiver.work()
+        return is_writing or is_verifying
+
+    def _tick(self, now_s: float) -> bool:
+        is_writing, is_receiving = self._writer.tick(now_s), self._receiver.tick(now_s)
+        return is_writing or is_receiving

@@ -1,0 +1,179 @@
+"""One connection from a writer elsewhere to this receiver: greet, then frames, then an end that proves something.
+
+GREETING ──PROOF right──▶ OPEN ──EOF──▶ closed: nothing of this writer can land any more
+                           └─ bad frame: tcp is closed at once (only we write our memory);
+                              shm goes to DRAINING: the writer still has our pages mapped, so what it holds stays
+                              quarantined until it closes its end or exits (EOF of a socket that only it holds)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+from kvstore.transport.connection import Connection
+from kvstore.transport.errors import BadFrame, HandshakeRefused
+from kvstore.transport.frames import DataHeader, FrameType, Hello, Proof, Reject, Welcome, frame, parse_body
+from kvstore.transport.handshake import ReceiverHandshake
+from kvstore.transport.settings import NodeContext
+
+REJECT_DELAY_S = 0.2  # before the answer to a wrong proof: guessing is slow, and right or wrong take the same time
+
+
+class ReaderPhase(Enum):
+    GREETING = auto()
+    REJECTED = auto()
+    OPEN = auto()
+    DRAINING = auto()
+    CLOSED = auto()
+
+
+class ReaderOwner(Protocol):
+    """What a link tells its receiver."""
+
+    def on_frame(self, link: ReaderLink, kind: FrameType, body: bytearray) -> None: ...
+    def page_views(self, link: ReaderLink, header: DataHeader, num_bytes: int) -> list[memoryview]: ...
+    def on_landed(self, header: DataHeader) -> None: ...
+    def on_unreachable(self, link: ReaderLink) -> None: ...
+    def on_closed(self, link: ReaderLink) -> None: ...
+
+
+class ReaderLink:
+    """Owned by the `kv` thread. `serial` names this connection, for ever: grants belong to it."""
+
+    def __init__(self, context: NodeContext, owner: ReaderOwner, connection: Connection, serial: int) -> None:
+        self.serial = serial
+        self.phase = ReaderPhase.GREETING
+        self.peer = ""  # the writer's incarnation, once proven
+        self.pid, _ = connection.peer_credentials()
+        self.protocol = connection.protocol
+        self.unwatch: Callable[[ReaderLink], None] = lambda _: None  # set by the owner's loop
+        self._context = context
+        self._owner = owner
+        self._connection = connection
+        self._started_s = self._last_beat_s = context.clock()
+        self._reject_at_s = 0.0
+        self._reject: HandshakeRefused | None = None
+        self._is_silent = False
+        self._handshake = ReceiverHandshake(
+            secret=context.secret,
+            incarnation=context.incarnation,
+            compat=context.compat,
+            protocol=connection.protocol,
+        )
+
+    # ---------------------------------------------------------------- Handler of the loop
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        return self._connection.num_queued_bytes > 0
+
+    def on_writable(self, now_s: float) -> None:
+        try:
+            self._connection.flush(now_s)
+        except OSError:
+            # The reading side decides: frames of the writer that are still in the socket come first.
+            self._connection.end_output()
+
+    def on_readable(self, now_s: float) -> None:
+        try:
+            if self.phase in (ReaderPhase.DRAINING, ReaderPhase.REJECTED):
+                self._connection.discard()
+                return
+            for kind, body in self._connection.read(self, now_s):
+                self._dispatch(kind, body)
+                if self.phase not in (ReaderPhase.GREETING, ReaderPhase.OPEN):
+                    return
+        except BadFrame as error:
+            self.fail(error)
+        except HandshakeRefused as error:
+            self._refuse(error, now_s)
+        except (EOFError, OSError):
+            self.close()
+
+    def page_views(self, header: DataHeader, num_bytes: int) -> list[memoryview]:
+        return self._owner.page_views(self, header, num_bytes)
+
+    def _dispatch(self, kind: FrameType, body: bytearray | DataHeader) -> None:
+        if isinstance(body, DataHeader):
+            self._owner.on_landed(body)
+        elif self.phase is ReaderPhase.OPEN:
+            if kind is not FrameType.HEARTBEAT:
+                self._owner.on_frame(self, kind, body)
+        elif kind is FrameType.HELLO and self._handshake.hello is None:
+            challenge = self._handshake.challenge(parse_body(kind, body, Hello))
+            self.send(frame(FrameType.CHALLENGE, challenge))
+        elif kind is FrameType.PROOF:
+            self._open(self._handshake.check(parse_body(kind, body, Proof)))
+        else:
+            raise BadFrame(reason="state", detail=f"{kind.name} in the handshake")
+
+    def _open(self, peer: str) -> None:
+        region = self._context.region
+        self.peer, self.phase = peer, ReaderPhase.OPEN
+        welcome = frame(FrameType.WELCOME, Welcome(region.num_blocks, region.num_layers, region.layer_bytes))
+        self._connection.send(welcome, fds=(region.fd,) if self.protocol == "shm" else ())
+        self._connection.is_greeting = False
+
+    # ---------------------------------------------------------------- use
+    def send(self, data: bytes) -> None:
+        if self.phase in (ReaderPhase.GREETING, ReaderPhase.REJECTED, ReaderPhase.OPEN):
+            try:
+                self._connection.send(data)
+            except BadFrame as error:
+                self.fail(error)
+
+    def tick(self, now_s: float) -> None:
+        """Heartbeats, handshakes that take too long, peers that went silent."""
+        times, silent_s = self._context.times, now_s - self._connection.last_heard_s
+        if self.phase is ReaderPhase.REJECTED:
+            if self._reject is not None and now_s >= self._reject_at_s:
+                self.send(frame(FrameType.REJECT, Reject(self._reject.reason, self._reject.detail[:200])))
+                self._reject = None
+            elif now_s - self._started_s >= times.handshake_s:
+                self.close()
+        elif self.phase is ReaderPhase.GREETING:
+            if now_s - self._started_s >= times.handshake_s:
+                self._context.reject("handshake_timeout", f"nothing sound within {times.handshake_s} s")
+                self.close()
+        elif self.phase is ReaderPhase.OPEN:
+            if now_s - self._last_beat_s >= times.heartbeat_s:
+                self._last_beat_s = now_s
+                self.send(frame(FrameType.HEARTBEAT))
+            if self.protocol == "tcp" and silent_s >= times.tcp_silence_s:
+                self.close()  # we write no more of what may come: that is proof, silence is not
+                return
+            is_silent = silent_s >= times.silence_s
+            if is_silent and not self._is_silent:
+                self._owner.on_unreachable(self)
+            self._is_silent = is_silent
+
+    def fail(self, error: BadFrame) -> None:
+        """The peer broke the protocol: end this connection, and only this one."""
+        self._context.reject(error.reason, error, peer=self.peer)
+        if error.reason == "version" and self.phase is ReaderPhase.GREETING:
+            self._refuse(HandshakeRefused(reason="version", detail=error.detail), self._context.clock(), count=False)
+        elif self.protocol == "shm" and self.phase is ReaderPhase.OPEN:
+            self.phase = ReaderPhase.DRAINING
+            self._connection.end_output()
+            self._owner.on_unreachable(self)
+        elif self.phase is not ReaderPhase.DRAINING:
+            self.close()
+
+    def close(self) -> None:
+        """Nothing more is taken from this peer. Tells the owner once."""
+        if self.phase is ReaderPhase.CLOSED:
+            return
+        self.phase = ReaderPhase.CLOSED
+        self.unwatch(self)
+        self._connection.close()
+        self._owner.on_closed(self)
+
+    def _refuse(self, error: HandshakeRefused, now_s: float, *, count: bool = True) -> None:
+        if count:
+            self._context.reject(error.reason, error)
+        self.phase, self._reject = ReaderPhase.REJECTED, error
+        self._reject_at_s = now_s + (REJECT_DELAY_S if error.reason == "auth" else 0.0)

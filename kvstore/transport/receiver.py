@@ -1,0 +1,276 @@
+"""Receiver's side of a node: grants, pages that land, checksums, hand-over. Decisions are `GrantTable`'s.
+
+wire:   RESERVE ▶ ...      ◀ GRANT   (pages)   COMMIT ▶  verify   ...       ◀ HANDED | REFUSED
+engine: ReserveRequested, grant()                        Arrived, settle()                  BlocksFree at any end
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvstore.blocks import (
+    Action,
+    AskEngine,
+    BlocksReleased,
+    Delivered,
+    Grant,
+    GrantState,
+    GrantTable,
+    Reservation,
+    SendFence,
+    SendGrant,
+    SendHanded,
+    SendRefused,
+    Verify,
+)
+from kvstore.transport.checksum import TransferChecksum
+from kvstore.transport.connection import Connection
+from kvstore.transport.errors import BadFrame
+from kvstore.transport.events import Arrived, BlocksFree, ReserveRequested
+from kvstore.transport.frames import (
+    Commit,
+    DataHeader,
+    FenceBody,
+    FrameType,
+    GrantBody,
+    RefusedBody,
+    Renew,
+    Reserve,
+    XferOnly,
+    frame,
+    parse_body,
+)
+from kvstore.transport.loop import Loop
+from kvstore.transport.movers import SLICE_BYTES
+from kvstore.transport.reader_link import ReaderLink, ReaderPhase
+from kvstore.transport.settings import NodeContext
+
+MAX_LINKS = 512
+FENCE_KILL_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class OverdueWriter:
+    """A writer that leaves FENCE unanswered. On this host (`pid`) it may be killed; another host's needs an alert."""
+
+    xfer: str
+    peer: str
+    pid: int
+    num_blocks: int
+
+
+@dataclass(slots=True, eq=False)
+class _Landing:
+    """What a transfer sent so far. `layers`: per place of the grant, a bit for each layer that landed (tcp)."""
+
+    layers: dict[int, int] = field(default_factory=dict)
+    commit: Commit | None = None
+    is_tcp: bool = False
+    landing_since_s: float = 0.0
+    receive_s: float = 0.0  # from the header to the last byte, over all DATA frames
+
+
+class ReceiverSide:
+    """Owned by the `kv` thread; `blocks_by_state` and `overdue` are snapshots for other threads."""
+
+    def __init__(self, context: NodeContext, loop: Loop) -> None:
+        self.table = GrantTable(context.incarnation)
+        self.blocks_by_state = self.table.blocks_by_state()
+        self.overdue: tuple[OverdueWriter, ...] = ()
+        self._context = context
+        self._loop = loop
+        self._links: dict[int, ReaderLink] = {}
+        self._landings: dict[str, _Landing] = {}  # of grants in the table
+        self._verifying: deque[tuple[str, Iterator[None]]] = deque()
+        self._serial = 0
+
+    def accept(self, connection: Connection) -> None:
+        """A new connection; too many are closed unheard."""
+        if len(self._links) >= MAX_LINKS:
+            self._context.reject("too_many_links", f"{MAX_LINKS} connections are open")
+            connection.close()
+            return
+        self._serial += 1
+        link = ReaderLink(self._context, self, connection, self._serial)
+        link.unwatch = self._loop.remove
+        self._links[link.serial] = link
+        self._loop.add(link)
+
+    # ---------------------------------------------------------------- answers of the engine
+    def grant(self, xfer: str, blocks: list[int] | None, reason: str) -> None:
+        self._perform(self.table.answer(xfer, blocks, self._context.clock(), reason=reason))
+
+    def settle(self, xfer: str, is_handed: bool) -> None:
+        self._perform(self.table.settle(xfer, is_handed=is_handed, now_s=self._context.clock()))
+
+    # ---------------------------------------------------------------- ReaderOwner
+    def on_frame(self, link: ReaderLink, kind: FrameType, body: bytearray) -> None:
+        now = self._context.clock()
+        if kind is FrameType.RESERVE:
+            reserve = parse_body(kind, body, Reserve)
+            if not 1 <= reserve.num_blocks <= self._context.region.num_blocks:
+                self._perform([SendRefused(link.serial, reserve.xfer, "too_large")])
+                return
+            asked = Reservation(reserve.xfer, reserve.rid, reserve.epoch, reserve.token, reserve.num_blocks)
+            self._perform(self.table.on_reserve(asked, link.serial))
+        elif kind is FrameType.COMMIT:
+            commit = parse_body(kind, body, Commit)
+            actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
+            if any(isinstance(action, Verify) for action in actions):
+                landing = self._landings.setdefault(commit.xfer, _Landing())
+                landing.commit, landing.is_tcp = commit, link.protocol == "tcp"
+            self._perform(actions)
+        elif kind in (FrameType.ABORT, FrameType.FENCED):
+            self._perform(self.table.on_writer_done(parse_body(kind, body, FenceBody).xfer, link.serial))
+        elif kind is FrameType.RENEW:
+            self.table.on_renew(parse_body(kind, body, Renew).xfers, link.serial, now)
+        else:
+            raise BadFrame(reason="state", detail=f"{kind.name} from a writer")
+
+    def page_views(self, link: ReaderLink, header: DataHeader, num_bytes: int) -> list[memoryview]:
+        """Bounds first: nothing is written but pages of a grant of this connection, before its COMMIT."""
+        region, grant = self._context.region, self.table.find_serial(header.serial)
+        if link.protocol != "tcp" or grant is None or grant.peer != link.serial:
+            raise BadFrame(reason="bad_page", detail=f"DATA for grant {header.serial}, which this peer does not hold")
+        if grant.is_verifying or grant.state is GrantState.COMMITTED:
+            raise BadFrame(reason="state", detail=f"DATA after COMMIT of {grant.reservation.xfer}")
+        if header.epoch != grant.reservation.epoch:
+            raise BadFrame(reason="stale_epoch", detail=f"epoch {header.epoch}, granted {grant.reservation.epoch}")
+        last = header.first + header.num_places
+        if header.num_places < 1 or last > len(grant.blocks):
+            raise BadFrame(reason="bad_page", detail=f"places {header.first}..{last} of {len(grant.blocks)}")
+        if not 0 <= header.layer_lo < header.layer_hi <= region.num_layers:
+            raise BadFrame(reason="bad_page", detail=f"layers {header.layer_lo}..{header.layer_hi}")
+        if num_bytes != header.num_places * (header.layer_hi - header.layer_lo) * region.layer_bytes:
+            raise BadFrame(reason="length", detail=f"{num_bytes} bytes for {header}")
+        self._landings.setdefault(grant.reservation.xfer, _Landing()).landing_since_s = self._context.clock()
+        return [region.run(block, header.layer_lo, header.layer_hi) for block in grant.blocks[header.first : last]]
+
+    def on_landed(self, header: DataHeader) -> None:
+        grant = self.table.find_serial(header.serial)
+        if grant is None:
+            return
+        landing = self._landings.setdefault(grant.reservation.xfer, _Landing())
+        landing.receive_s += self._context.clock() - landing.landing_since_s
+        bits = (1 << header.layer_hi) - (1 << header.layer_lo)
+        for place in range(header.first, header.first + header.num_places):
+            landing.layers[place] = landing.layers.get(place, 0) | bits
+
+    def on_unreachable(self, link: ReaderLink) -> None:
+        self._perform(self.table.on_unreachable(link.serial, self._context.clock()))
+
+    def on_closed(self, link: ReaderLink) -> None:
+        """For tcp we closed the socket; for shm the writer's process closed its end or is gone: proof for both."""
+        self._links.pop(link.serial, None)
+        self._perform(self.table.on_channel_dead(link.serial))
+
+    # ---------------------------------------------------------------- the loop
+    def work(self) -> bool:
+        """One slice of one verification, the oldest first."""
+        if self._verifying:
+            xfer, job = self._verifying.popleft()
+            if next(job, StopIteration) is not StopIteration:
+                self._verifying.append((xfer, job))
+        return bool(self._verifying)
+
+    def tick(self, now_s: float) -> bool:
+        for link in list(self._links.values()):
+            link.tick(now_s)
+        self._perform(self.table.tick(now_s))
+        self.overdue = tuple(self._overdue(grant) for grant in self.table.overdue(now_s, after_s=FENCE_KILL_S))
+        return bool(self._links) or self.table.next_due_s() is not None
+
+    def stop(self) -> None:
+        for link in list(self._links.values()):
+            link.close()
+
+    # ---------------------------------------------------------------- private
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            self._perform_one(action)
+        if actions:
+            self.blocks_by_state = self.table.blocks_by_state()
+
+    def _perform_one(self, action: Action) -> None:
+        emit = self._context.emit
+        match action:
+            case AskEngine(xfer):
+                r = self.table.reservation(xfer)
+                emit(ReserveRequested(xfer, r.rid, r.epoch, r.token, r.num_blocks))
+            case SendGrant(peer, xfer, grant_id, serial, blocks):
+                self._send(peer, frame(FrameType.GRANT, GrantBody(xfer, grant_id, serial, list(blocks))))
+            case SendRefused(peer, xfer, reason):
+                self._send(peer, frame(FrameType.REFUSED, RefusedBody(xfer, reason)))
+            case SendHanded(peer, xfer):
+                self._landings.pop(xfer, None)
+                self._send(peer, frame(FrameType.HANDED, XferOnly(xfer)))
+            case SendFence(peer, xfer, grant_id):
+                self._send(peer, frame(FrameType.FENCE, FenceBody(xfer, grant_id)))
+            case Verify(xfer):
+                self._verifying.append((xfer, self._verify(xfer)))
+            case Delivered(xfer):
+                self._deliver(xfer)
+            case BlocksReleased(xfer, blocks):
+                self._landings.pop(xfer, None)
+                emit(BlocksFree(blocks, xfer))
+
+    def _send(self, peer: int, data: bytes) -> None:
+        link = self._links.get(peer)
+        if link is not None:
+            link.send(data)
+
+    def _deliver(self, xfer: str) -> None:
+        grant, landing = self.table.find(xfer), self._landings[xfer]
+        commit = landing.commit
+        assert grant is not None and commit is not None
+        r = grant.reservation
+        self._context.counters["arrived_bytes"] += commit.num_bytes
+        self._context.emit(
+            Arrived(
+                xfer,
+                r.rid,
+                r.epoch,
+                r.token,
+                grant.blocks,
+                commit.num_tokens,
+                commit.state,
+                commit.num_bytes,
+                landing.receive_s if landing.is_tcp else commit.transfer_s,
+            )
+        )
+
+    def _verify(self, xfer: str) -> Iterator[None]:
+        grant, landing = self.table.find(xfer), self._landings[xfer]
+        assert grant is not None and landing.commit is not None
+        commit = landing.commit
+        fault = self._fault_of(grant, landing, commit)
+        if not fault and self._context.checksum:
+            checksum = TransferChecksum(
+                xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state
+            )  # fmt: skip
+            yield from checksum.update(self._context.region, grant.blocks[: commit.num_blocks], SLICE_BYTES)
+            fault = "" if checksum.value() == commit.checksum else "checksum"
+        if fault:
+            self._context.reject(fault, f"COMMIT of {xfer}")
+        self._perform(self.table.verdict(xfer, is_good=not fault, reason=fault))
+
+    def _fault_of(self, grant: Grant, landing: _Landing, commit: Commit) -> str:
+        if commit.epoch != grant.reservation.epoch:
+            return "stale_epoch"
+        if not 1 <= commit.num_blocks <= min(len(grant.blocks), commit.num_tokens):
+            return "incomplete"
+        whole = (1 << self._context.region.num_layers) - 1
+        if landing.is_tcp and any(landing.layers.get(place) != whole for place in range(commit.num_blocks)):
+            return "incomplete"
+        return ""
+
+    def _overdue(self, grant: Grant) -> OverdueWriter:
+        link = self._links.get(grant.peer)
+        pid, peer = (link.pid, link.peer) if link is not None else (0, "")
+        return OverdueWriter(grant.reservation.xfer, peer, pid, len(grant.blocks))
+
+    @property
+    def num_open_links(self) -> int:
+        return sum(link.phase is ReaderPhase.OPEN for link in self._links.values())

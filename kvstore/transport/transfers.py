@@ -1,0 +1,84 @@
+"""States of a transfer at its writer. The one place where they change.
+
+    RESERVING ─GRANT─▶ GRANTED ─COMMIT─▶ COMMITTING ─HANDED─▶ CLOSED         and from each to CLOSED:
+                                                              REFUSED, FENCE, ABANDONED, GAVE_UP, LINK_LOST
+
+CLOSED is for good: a GRANT that comes for a transfer which is closed, or not known, is never written to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from kvstore.transport.events import Event, GrantRefused, Handed, PushFailed, Refused, SourceFree
+
+
+class XferState(StrEnum):
+    RESERVING = "RESERVING"
+    GRANTED = "GRANTED"
+    COMMITTING = "COMMITTING"
+    CLOSED = "CLOSED"
+
+
+class XferEvent(StrEnum):
+    GRANT = "GRANT"
+    COMMIT = "COMMIT"  # the engine has nothing more to push
+    HANDED = "HANDED"
+    REFUSED = "REFUSED"
+    FENCE = "FENCE"
+    ABANDONED = "ABANDONED"  # by the engine
+    GAVE_UP = "GAVE_UP"  # no answer in time
+    LINK_LOST = "LINK_LOST"
+
+
+_S, _E = XferState, XferEvent
+_ENDS: Final = dict.fromkeys((_E.REFUSED, _E.FENCE, _E.ABANDONED, _E.GAVE_UP, _E.LINK_LOST), _S.CLOSED)
+
+TRANSITIONS: Final[dict[XferState, dict[XferEvent, XferState]]] = {
+    _S.RESERVING: {_E.GRANT: _S.GRANTED, **_ENDS},
+    _S.GRANTED: {_E.COMMIT: _S.COMMITTING, **_ENDS},
+    _S.COMMITTING: {_E.HANDED: _S.CLOSED, **_ENDS},
+    _S.CLOSED: {},
+}
+
+
+def advance(state: XferState, event: XferEvent) -> XferState:
+    """The next state; the same one where the table has no entry."""
+    return TRANSITIONS[state].get(event, state)
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One reservation and what became of it. Owned by the `kv` thread."""
+
+    xfer: str
+    rid: str
+    epoch: int
+    token: str
+    num_blocks: int
+    reserve_ends_s: float  # no grant by then: give up
+    deadline_s: float
+    state: XferState = XferState.RESERVING
+    grant_id: str = ""
+    serial: int = 0
+    dst_blocks: tuple[int, ...] = ()
+    num_bytes: int = 0
+    busy_s: float = 0.0
+    commit_frame: bytes = b""  # once it is sent
+    next_commit_s: float = 0.0
+    commit_ends_s: float = 0.0
+
+
+def outcome(transfer: Transfer, event: XferEvent, reason: str) -> Event:
+    """What the engine is told when `event` closes a transfer in its present state."""
+    if event is XferEvent.ABANDONED:
+        return SourceFree(transfer.xfer)
+    if event is XferEvent.HANDED:
+        return Handed(transfer.xfer)
+    if transfer.state is XferState.RESERVING:
+        return GrantRefused(transfer.xfer, reason)
+    if event is XferEvent.REFUSED and reason == "handoff":
+        return Refused(transfer.xfer, reason)
+    return PushFailed(transfer.xfer, reason)  # also a wrong checksum: the KV here is whole, so try again

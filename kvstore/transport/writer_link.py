@@ -1,0 +1,276 @@
+"""One connection from this writer to one receiver: dial, greet, then frames both ways and jobs in order.
+
+    DIALLING ──connected──▶ GREETING ──WELCOME──▶ OPEN          any ──error, REJECT, silence──▶ closed for good
+       └─ next candidate (shm, then tcp)
+
+Closing it ends everything that this side could still write: there is one `kv` thread, and no copy is under way when it
+closes a link. That is why a writer may close whenever it doubts, and the receiver may take EOF as proof.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Protocol
+
+from kvstore.address import KVAddress
+from kvstore.transport.connection import Connection
+from kvstore.transport.errors import BadFrame, HandshakeRefused, TransportError
+from kvstore.transport.frames import Challenge, DataHeader, FrameType, Reject, Welcome, frame, parse_body
+from kvstore.transport.handshake import WriterHandshake
+from kvstore.transport.movers import Mover, ShmMover, TcpMover
+from kvstore.transport.region import KVRegion
+from kvstore.transport.settings import NodeContext
+from kvstore.transport.transfers import Transfer
+
+TCP_BUFFER_BYTES = 4 << 20
+
+
+class LinkPhase(Enum):
+    DIALLING = auto()
+    GREETING = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+class LinkOwner(Protocol):
+    """What a link tells its writer."""
+
+    def on_open(self, link: WriterLink) -> None: ...
+    def on_frame(self, link: WriterLink, kind: FrameType, body: bytearray) -> None: ...
+    def on_lost(self, link: WriterLink, reason: str) -> None: ...
+    def watch(self, link: WriterLink) -> None: ...
+    def unwatch(self, link: WriterLink) -> None: ...
+
+
+class WriterLink:
+    """Owned by the `kv` thread."""
+
+    def __init__(self, context: NodeContext, owner: LinkOwner, target: KVAddress) -> None:
+        self.target = target
+        self.phase = LinkPhase.DIALLING
+        self.transfers: dict[str, Transfer] = {}
+        self.jobs: deque[tuple[Transfer, Iterator[None]]] = deque()
+        self.mover: Mover | None = None
+        self.started_s = context.clock()
+        self._context = context
+        self._owner = owner
+        self._candidates = _candidates(context, target)
+        self._connection: Connection | None = None
+        self._handshake: WriterHandshake | None = None
+        self._peer_region: KVRegion | None = None
+        self._last_beat_s = self.started_s
+
+    # ---------------------------------------------------------------- dialling
+    def dial(self) -> None:
+        """Try the next candidate; with none left the link is lost."""
+        while self._candidates:
+            protocol, family, address = self._candidates.pop(0)
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            sock.setblocking(False)
+            if protocol == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TCP_BUFFER_BYTES)
+            code = sock.connect_ex(address)
+            if code not in (0, errno.EINPROGRESS):
+                sock.close()
+                continue
+            self._connection = Connection(sock, protocol, self._context.clock())
+            self.phase = LinkPhase.DIALLING
+            self._owner.watch(self)
+            if code == 0:
+                self._greet(self._connection)
+            return
+        self.close("unreachable")
+
+    def _greet(self, connection: Connection) -> bool:
+        context = self._context
+        if connection.protocol == "shm" and connection.peer_credentials()[1] != os.getuid():
+            self._drop_connection()  # another user's socket in our place
+            self.dial()
+            return False
+        self.phase = LinkPhase.GREETING
+        self._handshake = WriterHandshake(
+            secret=context.secret,
+            incarnation=context.incarnation,
+            target=self.target.incarnation,
+            compat=context.compat,
+            protocol=connection.protocol,
+        )
+        connection.send(frame(FrameType.HELLO, self._handshake.hello))
+        return True
+
+    # ---------------------------------------------------------------- Handler of the loop
+    def fileno(self) -> int:
+        return -1 if self._connection is None else self._connection.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        connection = self._connection
+        return connection is not None and (self.phase is LinkPhase.DIALLING or connection.num_queued_bytes > 0)
+
+    @property
+    def protocol(self) -> str:
+        return "" if self._connection is None else self._connection.protocol
+
+    def on_writable(self, now_s: float) -> None:
+        connection = self._connection
+        if connection is None or connection.is_closed:
+            return
+        if self.phase is LinkPhase.DIALLING and not self._finish_connect(connection):
+            return
+        try:
+            connection.flush(now_s)
+        except OSError as error:
+            self.close(f"channel_lost: {error.strerror}")
+
+    def on_readable(self, now_s: float) -> None:
+        connection = self._connection
+        if connection is None or (self.phase is LinkPhase.DIALLING and not self._finish_connect(connection)):
+            return
+        try:
+            for kind, body in connection.read(self, now_s):
+                assert not isinstance(body, DataHeader)  # page_views lets no DATA through
+                self._dispatch(kind, body)
+                if self.phase is LinkPhase.CLOSED:
+                    return
+        except TransportError as error:
+            reason = getattr(error, "reason", "region")
+            self._context.reject(reason, error, peer=self.target.incarnation)
+            self.close(reason)
+        except (EOFError, OSError) as error:
+            self.close(f"channel_lost: {error}")
+
+    def page_views(self, header: DataHeader, num_bytes: int) -> list[memoryview]:
+        raise BadFrame(reason="state", detail=f"DATA of {num_bytes} bytes from a receiver ({header})")
+
+    def _finish_connect(self, connection: Connection) -> bool:
+        """True if connected. Else the next candidate is tried, or the attempt goes on."""
+        result = connection.connect_result()
+        if result is None:
+            return False
+        if result == 0:
+            return self._greet(connection)
+        self._drop_connection()
+        self.dial()
+        return False
+
+    def _dispatch(self, kind: FrameType, body: bytearray) -> None:
+        if kind is FrameType.REJECT:
+            reject = parse_body(kind, body, Reject)
+            raise HandshakeRefused(reason=reject.reason, detail=reject.detail)
+        if self.phase is LinkPhase.OPEN:
+            if kind is not FrameType.HEARTBEAT:
+                self._owner.on_frame(self, kind, body)
+            return
+        assert self._handshake is not None
+        if kind is FrameType.CHALLENGE:
+            proof = self._handshake.prove(parse_body(kind, body, Challenge))
+            self.send(frame(FrameType.PROOF, proof))
+        elif kind is FrameType.WELCOME:
+            self._open(parse_body(kind, body, Welcome))
+        else:
+            raise BadFrame(reason="state", detail=f"{kind.name} in the handshake")
+
+    def _open(self, welcome: Welcome) -> None:
+        connection, region = self._connection, self._context.region
+        assert connection is not None
+        if (welcome.num_layers, welcome.layer_bytes) != (region.num_layers, region.layer_bytes):
+            detail = f"{welcome.num_layers} layers of {welcome.layer_bytes} bytes"
+            raise HandshakeRefused(reason="layout", detail=detail)
+        if connection.protocol == "shm":
+            if len(connection.fds) != 1:
+                raise BadFrame(reason="state", detail=f"WELCOME with {len(connection.fds)} descriptors")
+            shape = {name: getattr(welcome, name) for name in ("num_blocks", "num_layers", "layer_bytes")}
+            self._peer_region = KVRegion.attach(connection.fds.pop(), **shape)
+            self.mover = ShmMover(region, self._peer_region)
+        else:
+            self.mover = TcpMover(region, connection)
+        connection.is_greeting = False
+        self.num_peer_blocks = welcome.num_blocks
+        self.phase = LinkPhase.OPEN
+        self._owner.on_open(self)
+
+    # ---------------------------------------------------------------- use
+    def send(self, data: bytes) -> None:
+        """Queue a frame; a peer that reads nothing loses the link."""
+        if self._connection is None or self.phase is LinkPhase.CLOSED:
+            return
+        try:
+            self._connection.send(data)
+        except BadFrame as error:
+            self.close(error.reason)
+
+    def is_sending(self, xfer: str) -> bool:
+        return self._connection is not None and self._connection.is_sending(xfer)
+
+    def drop_jobs(self, transfer: Transfer) -> None:
+        """Nothing more of this transfer is started. A DATA frame that is half sent is finished (`is_sending`)."""
+        self.jobs = deque(job for job in self.jobs if job[0] is not transfer)
+        if self._connection is not None:
+            self._connection.drop_unsent(transfer.xfer)
+
+    def work(self) -> bool:
+        """One slice of the first job. True if there is more to do now."""
+        if not self.jobs or self.mover is None or not self.mover.is_ready():
+            return False
+        transfer, job = self.jobs[0]
+        start_s = self._context.clock()
+        try:
+            is_done = next(job, StopIteration) is StopIteration
+        except BadFrame as error:
+            self.close(error.reason)
+            return False
+        if is_done and self.jobs and self.jobs[0][1] is job:
+            self.jobs.popleft()
+        transfer.busy_s += self._context.clock() - start_s
+        return bool(self.jobs) and self.mover is not None and self.mover.is_ready()
+
+    def tick(self, now_s: float) -> None:
+        """Heartbeats; close a link that does not come up, or has gone silent."""
+        connection, times = self._connection, self._context.times
+        if self.phase is LinkPhase.CLOSED or connection is None:
+            return
+        if self.phase is not LinkPhase.OPEN:
+            if now_s - self.started_s >= times.handshake_s:
+                self.close("handshake_timeout")
+            return
+        if now_s - connection.last_heard_s >= times.silence_s:
+            self.close("silent")
+        elif now_s - self._last_beat_s >= times.heartbeat_s:
+            self._last_beat_s = now_s
+            self.send(frame(FrameType.HEARTBEAT))
+
+    def close(self, reason: str) -> None:
+        """Nothing is written after this. Tells the owner once."""
+        if self.phase is LinkPhase.CLOSED:
+            return
+        self.phase = LinkPhase.CLOSED
+        self.jobs.clear()
+        self.mover = None
+        self._drop_connection()
+        if self._peer_region is not None:
+            self._peer_region.close()
+        self._owner.on_lost(self, reason)
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            self._owner.unwatch(self)
+            self._connection.close()
+            self._connection = None
+
+
+def _candidates(
+    context: NodeContext, target: KVAddress
+) -> list[tuple[str, socket.AddressFamily, str | tuple[str, int]]]:
+    """Ways to the target, best first."""
+    found: list[tuple[str, socket.AddressFamily, str | tuple[str, int]]] = []
+    if "shm" in context.protocols and target.unix_path and target.host_id == context.host_id:
+        found.append(("shm", socket.AF_UNIX, target.unix_path))
+    if "tcp" in context.protocols and target.tcp_port:
+        family = socket.AF_INET6 if ":" in target.tcp_host else socket.AF_INET
+        found.append(("tcp", family, (target.tcp_host, target.tcp_port)))
+    return found
