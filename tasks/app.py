@@ -12,6 +12,7 @@ from celery.signals import celeryd_init
 from click import Choice, Option
 
 import configs
+from configs.origin_check import check_origin
 from configs.schema import Settings
 from tasks import commands, decode, generate, prefill
 from tasks.bootsteps import EngineStep, TaskSourceStep
@@ -57,4 +58,5 @@ def _set_concurrency(sender: str, conf: Any, options: dict[str, Any], instance: 
     conf.worker_concurrency = default_concurrency(role, settings)
 
 
+check_origin()
 app = make_app(configs.load())

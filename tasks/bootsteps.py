@@ -7,6 +7,8 @@ from typing import Any
 
 from celery import bootsteps
 
+import configs
+from configs.errors import ConfigsError
 from tasks.errors import TasksError, WorkerStartError
 from tasks.gpu_lock import GpuLock, lock_folder
 from tasks.names import decode_queue, generate_queue
@@ -24,7 +26,8 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._gpu_lock: GpuLock | None = None
         try:
             self.options = self._checked(w, given)
-        except TasksError as error:
+            self._secret = configs.secret(w.app.celeriac_settings)
+        except (TasksError, ConfigsError) as error:
             raise SystemExit(f"celeriac worker: {error}") from error
 
     def _checked(self, w: Any, given: dict[str, Any]) -> WorkerOptions:
@@ -46,7 +49,7 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         return options
 
     def create(self, w: Any) -> None:
-        w.pool.attach_worker(w, self.options)
+        w.pool.attach_worker(w, self.options, self._secret)
 
     def terminate(self, w: Any) -> None:  # noqa: ARG002 - Celery's signature
         if self._gpu_lock is not None:

@@ -28,7 +28,6 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.exceptions import TimeLimitExceeded
 from celery.worker import state
 
-import configs
 from engines.process import EngineChild, spawn_engine
 from kvstore.clock import now_s
 from kvstore.state.replies import Turn
@@ -60,10 +59,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
     worker_options: WorkerOptions
 
     # ---------------------------------------------------------------- start
-    def attach_worker(self, worker: Any, options: WorkerOptions) -> None:
-        """Called once, before the start."""
+    def attach_worker(self, worker: Any, options: WorkerOptions, secret: bytes) -> None:
+        """Called once, before the start. `secret`: of the cluster, for the engine's peers."""
         self.worker = worker
         self.worker_options = options
+        self._secret = secret
 
     def on_start(self) -> None:
         from tasks.front import Front
@@ -79,7 +79,6 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._child: EngineChild | None = None
         self._renewed_s = now_s()
         self._renew_every_s = self._settings.state.visibility_timeout_s / 4
-        self._secret = configs.secret(self._settings)
         self.front: Front = Front(
             self._settings,
             self.worker_options,

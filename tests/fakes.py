@@ -336,3 +336,76 @@ def run_worker_program() -> None:
     from tasks.app import app
 
     app.worker_main(["worker", *sys.argv[1:]])
+
+
+class RecordingJob:
+    """A Celery task that remembers what it was told."""
+
+    def __init__(self, rid: str, stage: str = "prefill") -> None:
+        self.id, self.rid, self.stage = f"{rid}.{stage}.1", rid, stage
+        self.told: list[tuple[str, Any]] = []
+
+    def accept(self, started_s: float) -> None:
+        self.told.append(("accept", started_s))
+
+    def succeed(self, outcome: str) -> None:
+        self.told.append(("succeed", outcome))
+
+    def retry(self, reason: str) -> None:
+        self.told.append(("retry", reason))
+
+    def fail(self, error: Exception) -> None:
+        self.told.append(("fail", error))
+
+    def revoke(self, reason: str) -> None:
+        self.told.append(("revoke", reason))
+
+    def requeue(self) -> None:
+        self.told.append(("requeue", None))
+
+    @property
+    def words(self) -> list[str]:
+        return [word for word, _ in self.told]
+
+
+class RecordingHub:
+    """The hub's port, remembering."""
+
+    def __init__(self) -> None:
+        self.turns: list[Any] = []
+        self.decodes: list[tuple[str, int, int, str]] = []
+        self.engines: list[str] = []
+
+    def start_engine(self, incarnation: str) -> None:
+        self.engines.append(incarnation)
+
+    def send_turns(self, turns: list[Any]) -> None:
+        self.turns += turns
+
+    def send_decode(self, rid: str, wake_n: int, attempt: int, queue: str, remaining_s: float) -> None:  # noqa: ARG002
+        self.decodes.append((rid, wake_n, attempt, queue))
+
+    def intake_changed(self) -> None: ...
+
+    def front_failed(self) -> None: ...
+
+
+class ScriptedStore:
+    """A state store that answers what a test wrote down: a value, a function of the arguments, or an error to raise."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **_: Any) -> Any:
+            self.calls.append((name, args))
+            answer = self.answers.get(name, [])
+            if isinstance(answer, Exception):
+                raise answer
+            return answer(*args) if callable(answer) else answer
+
+        return call
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        return [args for called, args in self.calls if called == name]
