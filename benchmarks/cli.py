@@ -86,9 +86,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="celeriac-bench-") as folder, _friendly_errors():
         flags = ["--prefill", str(prefill), "--decode", str(decode), *common]
         with (
-            Cluster(
-                Path(folder, "both"), ["--both", str(num_both), "--prefill", "0", "--decode", "0", *common]
-            ) as both,
+            Cluster(Path(folder, "both"), ["--both", str(num_both), *common]) as both,
             Cluster(Path(folder, "disaggregated"), flags) as disaggregated,
             _progress(2 * rounds, "runs") as advance,
         ):

@@ -42,9 +42,7 @@ class FakeServer:
         self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
