@@ -10,7 +10,13 @@ from configs.fields import Field
 from configs.suggest import did_you_mean
 from configs.units import SIZE_EXPECTED, format_size, parse_bool, parse_float, parse_int, parse_size
 
-_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {"int": parse_int, "float": parse_float, "bool": parse_bool, "size": parse_size, "str": str}
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "int": parse_int,
+    "float": parse_float,
+    "bool": parse_bool,
+    "size": parse_size,
+    "str": str,
+}
 _EXAMPLES: Final = {"int": "a whole number", "float": "a number", "bool": "true or false", "size": SIZE_EXPECTED}
 
 
