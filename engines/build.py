@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import xxhash
 
-from configs.schema import RoleSettings, Settings
-from engines.core import EngineCore
+from configs.schema import Settings
+from engines.core import EngineCore, Scheduler
+from engines.errors import PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
 from engines.finish import FinishRule
 from engines.kv_region import KVTensor
 from engines.messages import EngineMessage
 from engines.models.config import ModelConfig
-from engines.models.source import resolve_model
+from engines.models.source import resolve_model, weights_digest
 from engines.process import EngineConfig
 from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
+from engines.step_log import StepLog
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
@@ -60,6 +61,13 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
 
     block_bytes = KVTensor.bytes_per_block(model_config, settings.kv.block_size, dtype)
     num_blocks = settings.kv.num_blocks or max(1, settings.kv.memory_bytes // block_bytes)
+    if num_blocks * settings.kv.block_size < max_model_len:
+        raise PoolTooSmall(
+            num_blocks=num_blocks,
+            block_size=settings.kv.block_size,
+            block_bytes=block_bytes,
+            max_model_len=max_model_len,
+        )
     region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
     pool = BlockPool(num_blocks)
     cache = None
@@ -69,13 +77,14 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         incarnation=config.incarnation,
         region=region.shared,
         secret=config.secret,
-        compat=compat_hash(folder.digest, model_config, settings, str(dtype)),
+        compat=compat_hash(weights_digest(folder), model_config, settings.kv.block_size, str(dtype)),
         protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
         checksum=settings.transfer.checksum,
     )
     runner = ModelRunner(model, region, device=device, dtype=dtype)
+    step_log = StepLog.from_environment(config.incarnation)
     core = EngineCore(
         role=config.role,
         incarnation=config.incarnation,
@@ -91,6 +100,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         layer_group_bytes=settings.transfer.layer_group_bytes,
         max_num_seqs=role.max_num_seqs,
         watermark_blocks=int(settings.decode.watermark * num_blocks),
+        on_step=step_log.add if step_log else None,
     )
     address = node.start()
     return Engine(
@@ -103,4 +113,33 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         str(dtype).removeprefix("torch."),
         str(device),
         torch.get_num_threads(),
+    )
+
+
+def compat_hash(digest: str, config: ModelConfig, block_size: int, dtype: str) -> str:
+    """Equal on two workers only if one may read the other's KV: same weights, shapes, dtype, layout of a block."""
+    layout = "num_layers,2,num_kv_heads,block_size,head_dim"
+    shape = (config.num_layers, config.num_kv_heads, block_size, config.head_dim)
+    return str(xxhash.xxh3_128_hexdigest(repr((digest, layout, shape, dtype)).encode()))
+
+
+def _scheduler(role: str, settings: Settings, pool: BlockPool, cache: PrefixCache | None) -> Scheduler:
+    if role == "prefill":
+        return PrefillScheduler(
+            pool,
+            cache,
+            settings.kv.block_size,
+            max_batch_size=settings.prefill.max_batch_size,
+            max_num_batched_tokens=settings.prefill.max_num_batched_tokens,
+            target_utilization=settings.prefill.target_utilization,
+            batch_wait_ms=settings.prefill.batch_wait_ms,
+            batching=settings.prefill.batching,
+        )
+    return DecodeScheduler(
+        pool,
+        cache,
+        settings.kv.block_size,
+        max_num_seqs=settings.decode.max_num_seqs,
+        max_num_batched_tokens=settings.decode.max_num_batched_tokens,
+        watermark_blocks=int(settings.decode.watermark * pool.num_blocks),
     )

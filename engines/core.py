@@ -56,6 +56,7 @@ class EngineCore:
         layer_group_bytes: layers are pushed in groups of about this many bytes (transfer.layer_group_bytes).
         max_num_seqs: sequences decoded together; grants are refused beyond it.
         watermark_blocks: blocks that granting leaves free, so that growth does not preempt at once.
+        on_step: told of each step and its seconds.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class EngineCore:
         layer_group_bytes: int = 1 << 20,
         max_num_seqs: int = 64,
         watermark_blocks: int = 0,
+        on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
+        self._on_step = on_step
         self._role = role
         self._scheduler = scheduler
         self._runner = runner
@@ -420,6 +423,8 @@ class EngineCore:
         self._step_ms = elapsed * 1e3 if not self._step_ms else 0.9 * self._step_ms + 0.1 * elapsed * 1e3
         self._counters["steps"] += 1
         self._counters["busy_s"] += elapsed
+        if self._on_step is not None:
+            self._on_step(plan, elapsed)
         self._counters["prompt_tokens"] += sum(i.num_new_tokens for i in plan.scheduled if i.num_new_tokens > 1)
 
     def _report_stats(self, now: float) -> None:

@@ -244,7 +244,7 @@ class HandoffWriter:
         out = self._by_rid.get(sequence.rid)
         if out is None:
             return
-        out.is_computed, out.choices = True, choices
+        out.is_computed, out.choices = True, choices or out.add.choices
         out.stamps_s["computed"] = self._clock()
         if out.phase is PushPhase.GRANTED:
             self._push_rest(out)

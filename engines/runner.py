@@ -71,7 +71,7 @@ class ModelRunner:
             with torch.inference_mode():
                 hidden = self._forward(plan, on_layers, layer_group)
                 return StepResult(plan.step_id, self._sample(plan, hidden))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:  # IndexError: an id or a position beyond the model's tables
             logger.exception("step %d failed", plan.step_id)
             raise ForwardFailed(step_id=plan.step_id, num_tokens=plan.num_tokens, detail=str(error)) from error
 

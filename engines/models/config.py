@@ -198,12 +198,15 @@ def _refuse_quantised(fields: _Fields) -> None:
 def _refuse_windows(fields: _Fields, family: str) -> None:
     """Attention is full. A window that is switched off, or as wide as the context, changes nothing."""
     layer_types = fields.get("layer_types", [])
+    if not isinstance(layer_types, list):
+        raise fields.bad("layer_types", "a list")
     other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
     if other:
         raise fields.unsupported(f"layer type {', '.join(other)} (`layer_types`)", "Supported: full_attention.")
-    window = fields.get("sliding_window")
+    has_window = fields.get("sliding_window") is not None
     is_used = fields.flag("use_sliding_window") if family.startswith("qwen") else family == "mistral"
-    if window is not None and is_used and window < fields.count("max_position_embeddings"):
+    if has_window and is_used and fields.count("sliding_window") < fields.count("max_position_embeddings"):
+        window = fields.get("sliding_window")
         raise fields.unsupported(f"sliding-window attention (`sliding_window` = {window})", "Supported: null.")
     if fields.get("partial_rotary_factor", 1.0) != 1.0:
         raise fields.unsupported(

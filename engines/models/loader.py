@@ -46,6 +46,8 @@ def load_weights(
                 progress(index + 1, config.num_layers)
         embed = reader.one("model.embed_tokens.weight")
         lm_head = embed if config.tie_word_embeddings else reader.one("lm_head.weight")
+        if config.tie_word_embeddings and "lm_head.weight" in checkpoint.entries:
+            _check_tied(checkpoint)
         return LlamaWeights(embed, tuple(layers), reader.one("model.norm.weight"), lm_head)
 
 
@@ -119,6 +121,16 @@ def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[tuple[int, ..
         )
     if extra:
         logger.warning("%s: tensors that the model does not use (%s)", checkpoint.folder, short_list(extra))
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Tied weights may be saved twice; if they differ, either the flag or the file is wrong."""
+    if not torch.equal(checkpoint.take("lm_head.weight"), checkpoint.take("model.embed_tokens.weight")):
+        raise BadWeights(
+            checkpoint.path_of("lm_head.weight"),
+            "lm_head.weight differs from model.embed_tokens.weight, but `tie_word_embeddings` is true",
+            "Expected the same numbers, or `tie_word_embeddings: false` in config.json.",
+        )
 
 
 class _Reader:
