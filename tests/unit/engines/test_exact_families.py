@@ -114,6 +114,17 @@ def test_greedy_tokens_equal_generate_for_any_chunking(reference: Reference, max
     assert loop.pool.num_used == 0
 
 
+def test_long_context_is_exact_next_to_short_ones(reference: Reference) -> None:
+    prompts = [[3 + (i * i + i // 7) % 256 for i in range(1300)], [5, 6, 7], [9] * 530]
+    loop = Loop.load(reference.folder, num_blocks=300)
+
+    outputs = loop.generate(
+        [make_sequence(f"r{i}", prompt) for i, prompt in enumerate(prompts)], max_num_batched_tokens=400
+    )
+
+    assert outputs == [reference.generate(prompt, 20) for prompt in prompts]
+
+
 def test_prefix_cache_hits_change_no_token(reference: Reference) -> None:
     shared = random_prompts(1, seed=5, longest=40)[0] + list(range(50, 90))
     prompts = [shared + tail for tail in ([], [7, 8], list(range(100, 120)))]

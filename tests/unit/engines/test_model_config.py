@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engines.errors import BadModelConfig, UnsupportedModel
+from engines.errors import BadModelConfig, ModelError, UnsupportedModel
 from engines.models import ModelConfig, RopeConfig
 
 GOOD: dict[str, Any] = {
@@ -115,6 +118,27 @@ def test_bad_field_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], fi
 def test_other_kinds_of_models_are_refused_by_name(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):
         read(tmp_path, **fields)
+
+
+ODD_VALUES = [None, -1, 0, 10**30, 1.5, float("nan"), "x", True, [], [1], ["x", None], {}, {"a": 1}, {"type": []}]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])
+def test_any_value_in_any_field_is_read_or_refused_by_a_model_error(tmp_path: Path, architecture: str) -> None:
+    extra = ["head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window"]
+    extra += ["layer_types", "partial_rotary_factor", "auto_map", "quantization_config", "hidden_act", "num_experts"]
+    for field in [*GOOD, *extra]:
+        for value in ODD_VALUES:
+            with contextlib.suppress(ModelError):
+                read(tmp_path, **{"architectures": [architecture], field: value})
+
+
+def test_front_and_planner_get_schedulers_and_configs_without_torch() -> None:
+    modules = "engines.scheduler, engines.models, engines.errors, engines.attention, engines.sampling"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+
+    assert result.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])

@@ -93,6 +93,13 @@ def test_error_of_torch_names_the_step(llama_folder: Path, monkeypatch: pytest.M
         loop.runner.run(plan_of(with_blocks(loop, make_sequence("r", [5, 6, 7]))))
 
 
+def test_id_beyond_the_vocabulary_fails_the_step_and_not_the_process(llama_folder: Path) -> None:
+    loop = Loop.load(llama_folder)
+
+    with pytest.raises(ForwardFailed, match="index"):
+        loop.runner.run(plan_of(with_blocks(loop, make_sequence("r", [5, 10**6]))))
+
+
 def test_copied_block_equals_its_source_and_a_zeroed_tail_is_zero(llama_folder: Path) -> None:
     loop = Loop.load(llama_folder)
     sequence = with_blocks(loop, make_sequence("r", list(range(3, 8))))

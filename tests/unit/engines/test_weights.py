@@ -111,6 +111,16 @@ def test_extra_tensors_are_only_warned_about(tmp_path: Path, caplog: pytest.LogC
     assert "unknown.weight" in caplog.text
 
 
+def test_tied_embeddings_may_be_saved_twice_but_not_differ(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+    changed(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    build_engine_model(folder, dtype=torch.float32)
+
+    changed(folder, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(BadWeights, match="tie_word_embeddings"):
+        build_engine_model(folder, dtype=torch.float32)
+
+
 def test_progress_is_told_per_layer(llama_folder: Path) -> None:
     told: list[tuple[int, int]] = []
 
