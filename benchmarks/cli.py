@@ -126,7 +126,7 @@ def _show(*, as_json: bool, plot: Path | None, rows: list[dict[str, Any]], ratio
         console = Console()
         report.print_rows(console, machine, rows)
         if ratios:
-            report.print_ratios(console, ratios)
+            report.print_ratios(console, ratios, num_rounds=rows[0]["num_valid_rounds"])
     if plot is not None:
         report.plot_rows(plot, rows)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.serve import MAX_LAG_MS
 from benchmarks.stats import Ratio
 
+MIN_ROUNDS = 10  # a bootstrap over fewer pairs understates the spread
 _LATENCIES = {"TTFT": "ttft_ms", "ITL": "itl_ms", "TPOT": "tpot_ms", "E2E": "e2e_ms", "own lag": "lag_ms"}
 
 
@@ -53,13 +54,15 @@ def print_rows(console: Console, machine: Mapping[str, Any], rows: Sequence[Mapp
             )
 
 
-def print_ratios(console: Console, ratios: Mapping[str, Ratio]) -> None:
+def print_ratios(console: Console, ratios: Mapping[str, Ratio], *, num_rounds: int) -> None:
     """Ratios with their 95 % intervals, and what they say about their goals."""
     table = Table("ratio", "value", "95 % interval", "goal", "", title="prefill + decode, against both")
     for name, ratio in ratios.items():
         goal = "" if ratio.goal is None else f"{ratio.goal:g}"
         table.add_row(name, f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}", goal, ratio.verdict)
     console.print(table)
+    if num_rounds < MIN_ROUNDS:
+        console.print(f"Only {num_rounds} valid rounds: the intervals are too narrow. A claim needs {MIN_ROUNDS}.")
 
 
 def plot_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
