@@ -13,11 +13,10 @@ from functools import partial
 from engines.messages import ArrivalLost, Arrived, Drop, Incoming, Promote, Stop
 from kvstore.state.records import Record
 from kvstore.state.replies import Final, Gone, HandedOff, Stale
-from tasks.front.claims import restore_choices, set_cursors
 from tasks.front.context import FrontContext
 from tasks.front.ends import RequestEnds, end_job
 from tasks.front.ports import JobPort
-from tasks.front.requests import LiveRequest, Phase
+from tasks.front.requests import LiveRequest, Phase, restore_choices, set_cursors
 
 UNKNOWN_KEPT_S = 2.0
 LOGPROBS_WAIT_S = 0.25
@@ -138,7 +137,7 @@ class Arrivals:
             token=token,
             mode="arrived",
             phase=Phase.DECODING,
-            choices=restore_choices(ctx, message.params, message.choices),
+            choices=restore_choices(ctx.tokenizer, message.params, message.choices),
             wake_n=0,
             deadline_s=now + message.deadline_s,
             started_s=now,

@@ -1,4 +1,4 @@
-"""Prompts: from a wake-up in hand to the engine, and what the engine says of them until they are handed over.
+"""Prompts: from a wake-up in hand to the engine.
 
 hands --room?--> claim --Claimed--> read the log if it has ids --> Add --> engine
 A claim is made when the engine has room, not when the message arrives: an unclaimed request is still anybody's.
@@ -7,22 +7,21 @@ A claim is made when the engine has room, not when the message arrives: an uncla
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
 
-from engines.messages import Add, Granted, NoGrant, Peers, Preempted, Pushed, Stop, Tokens
+from engines.messages import Add, Peers, Stop
 from engines.params import SamplingParams
 from kvstore.state.entries import TokenLogprobs
-from kvstore.state.replies import Busy, Claimed, Final, Gone, HandedOff, Stale
+from kvstore.state.replies import Busy, Claimed, Final, Gone
 from tasks.front.context import FrontContext
-from tasks.front.ends import NO_PAGES_WAIT_S, RequestEnds, end_job
+from tasks.front.ends import RequestEnds, end_job
 from tasks.front.hands import Hand, Hands
 from tasks.front.peers import PeerTable
 from tasks.front.ports import JobPort
 from tasks.front.requests import Choice, LiveRequest, Phase
-from tasks.names import decode_queue
 
 log = logging.getLogger(__name__)
 
@@ -221,91 +220,6 @@ class Claims:
             if choice.is_done:
                 self._ctx.link.send(Stop(request.rid, choice.index))
 
-    # ---------------------------------------------------------------- what the engine says
-    def on_tokens(self, message: Tokens) -> None:
-        ctx = self._ctx
-        for out in message.outs:
-            request = ctx.live.get(out.rid)
-            if request is None:
-                continue  # it left while the step ran
-            try:
-                is_stopped = request.choices[out.c].extend(out)
-            except ValueError as error:
-                log.error("%s", error)
-                self._ends.released(request, "the engine and this worker's text disagree")
-                continue
-            if is_stopped:
-                ctx.link.send(Stop(out.rid, out.c))
-            ctx.dirty.add(request)
-            if request.mode == "local" and request.phase is Phase.COMPUTING:
-                self._hand_to_self(request)
-
-    def _hand_to_self(self, request: LiveRequest) -> None:
-        """Role both: prompt computed, from here on it decodes, under a token of its own."""
-        ctx, rid, epoch, former = self._ctx, request.rid, request.epoch, request.token
-        token = ctx.identity.next_token()
-        request.advance(Phase.HANDING)
-
-        def answered(reply: HandedOff | Stale | Final | Gone) -> None:
-            if request.phase is Phase.ENDED:
-                if isinstance(reply, HandedOff):
-                    self._ends.give_back(rid, reply.epoch, token)
-                return
-            if not isinstance(reply, HandedOff):
-                self._ends.lost(request, reply)
-                return
-            request.epoch, request.token = reply.epoch, token
-            request.advance(Phase.DECODING)
-            set_cursors(request, reply)
-            ctx.dirty.add(request)
-
-        ctx.calls.do(f"handoff {rid} to itself", lambda: ctx.store.handoff(rid, epoch, former, token), answered)
-
-    def on_granted(self, message: Granted) -> None:
-        """A decode worker promised blocks: show its Celery task there while the prompt is computed."""
-        ctx, request = self._ctx, self._ctx.live.get(message.rid)
-        if request is None:
-            return
-        self._peers.assign(message.node)
-        queue = decode_queue(ctx.model, message.node)
-        remaining_s = max(request.deadline_s - ctx.clock(), 0.0)
-        ctx.hub.send_decode(request.rid, request.wake_n, message.attempt, queue, remaining_s)
-
-    def on_no_grant(self, message: NoGrant) -> None:
-        request = self._ctx.live.get(message.rid)
-        if request is not None:
-            self._ends.released(request, f"no grant: {message.reason}", wait_s=NO_PAGES_WAIT_S)
-
-    def on_preempted(self, message: Preempted) -> None:
-        request = self._ctx.live.get(message.rid)
-        if request is not None:
-            self._ends.released(request, "preempted: the KV blocks ran out", wait_s=NO_PAGES_WAIT_S)
-
-    def on_pushed(self, message: Pushed) -> None:
-        """The end of a push. HANDED: the decode worker owns it; what we could not publish came to it with the KV."""
-        request = self._ctx.live.get(message.rid)
-        if request is None or request.mode != "push":
-            return
-        if request.phase is not Phase.TAKEN and all(choice.is_done for choice in request.choices):
-            return  # finished at prefill: the last append ends it
-        if message.outcome == "handed" or request.phase is Phase.TAKEN:
-            self._ends.finished(request, "handed")
-            self._stamp(message)
-        else:
-            self._ends.released(request, f"push {message.outcome}: {message.reason}", wait_s=NO_PAGES_WAIT_S)
-
-    def _stamp(self, message: Pushed) -> None:
-        """Times of the phases, for people; the ages are counted back from now."""
-        ctx, ms = self._ctx, message.timings_ms
-        transfer_s, prefill_s = ms.get("transfer", 0.0) / 1e3, ms.get("prefill", 0.0) / 1e3
-        stamps = {
-            "transferred": 0.0,
-            "prefill_end": transfer_s,
-            "prefill_start": transfer_s + prefill_s,
-            "granted": transfer_s + prefill_s,
-        }
-        ctx.calls.do(f"stamp {message.rid}", lambda: ctx.store.set_phase(message.rid, "", **stamps), lambda _: None)
-
     # ---------------------------------------------------------------- ends
     def cancel(self, rid: str) -> list[JobPort]:
         """Forget a wake-up that is not claimed. Returns its tasks."""
@@ -317,18 +231,3 @@ class Claims:
         for hand in self.hands.take_all():
             for job in hand.jobs:
                 job.requeue()
-
-
-def set_cursors(request: LiveRequest, handed: HandedOff) -> None:
-    """Publishing goes on where the log ends; a choice whose end is in the log is over."""
-    for choice, n, fin in zip(request.choices, handed.n, handed.fin, strict=True):
-        choice.cursor = n
-        choice.is_fin_published = choice.is_fin_published or fin
-
-
-def restore_choices(ctx: FrontContext, params: SamplingParams, ids: Sequence[Sequence[int]]) -> list[Choice]:
-    """Choices that came with the KV."""
-    choices = [Choice(ctx.tokenizer, params, c) for c in range(len(ids))]
-    for choice, choice_ids in zip(choices, ids, strict=True):
-        choice.restore(choice_ids)
-    return choices

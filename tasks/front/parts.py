@@ -26,6 +26,7 @@ from tasks.front.ports import HubPort, JobPort
 from tasks.front.publisher import Publisher
 from tasks.front.registry import Registry
 from tasks.front.renewals import Renewals
+from tasks.front.reports import EngineReports
 from tasks.front.timers import RepeatedCalls, Timers
 from tasks.names import Identity
 from tasks.options import WorkerOptions
@@ -71,6 +72,7 @@ class FrontParts:
         self.publisher = Publisher(ctx, self.ends)
         self.renewals = Renewals(ctx, self.ends, self.publisher)
         self.claims = Claims(ctx, self.ends, self.peers)
+        self.reports = EngineReports(ctx, self.ends, self.peers)
         self.arrivals = Arrivals(ctx, self.ends)
         self.registry = Registry(ctx, self.peers)
         self.life = EngineLife(
@@ -84,12 +86,12 @@ class FrontParts:
         self.drain_ = Drain(ctx, ends=self.ends, claims=self.claims, arrivals=self.arrivals, registry=self.registry)
         self._handlers: dict[type, Callable[[Any], None]] = {
             messages.Ready: self._on_ready,
-            messages.Tokens: self.claims.on_tokens,
-            messages.Granted: self.claims.on_granted,
-            messages.NoGrant: self.claims.on_no_grant,
-            messages.Pushed: self.claims.on_pushed,
-            messages.Preempted: self.claims.on_preempted,
-            messages.Failed: self._on_failed,
+            messages.Tokens: self.reports.on_tokens,
+            messages.Granted: self.reports.on_granted,
+            messages.NoGrant: self.reports.on_no_grant,
+            messages.Pushed: self.reports.on_pushed,
+            messages.Preempted: self.reports.on_preempted,
+            messages.Failed: self.reports.on_failed,
             messages.Incoming: self.arrivals.on_incoming,
             messages.Arrived: self.arrivals.on_arrived,
             messages.ArrivalLost: self.arrivals.on_lost,
@@ -153,11 +155,6 @@ class FrontParts:
     def _on_ready(self, message: messages.Ready) -> None:
         self.peers.set_own(compat=message.address.compat, host_id=message.address.host_id)
         self.life.on_ready(message)
-
-    def _on_failed(self, message: messages.Failed) -> None:
-        request = self.ctx.live.get(message.rid)
-        if request is not None:
-            self.ends.failed(request, message.code, message.message)
 
     def _on_stats(self, message: messages.Stats) -> None:
         self.ctx.stats = message

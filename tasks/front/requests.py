@@ -20,6 +20,7 @@ from engines.tokenizer import TextStream, Tokenizer
 from kvstore.state.entries import FinEntry, TokenEntry, TokenLogprobs
 from kvstore.state.hashing import roll
 from kvstore.state.records import AppendItem, RenewItem
+from kvstore.state.replies import HandedOff
 from kvstore.state.transitions import RequestState
 from tasks.front.ports import JobPort
 
@@ -183,3 +184,18 @@ class LiveRequest:
 
     def renew_item(self) -> RenewItem:
         return RenewItem(self.rid, self.epoch, self.token, self.state)
+
+
+def set_cursors(request: LiveRequest, handed: HandedOff) -> None:
+    """Publishing goes on where the log ends; a choice whose end is in the log is over."""
+    for choice, n, fin in zip(request.choices, handed.n, handed.fin, strict=True):
+        choice.cursor = n
+        choice.is_fin_published = choice.is_fin_published or fin
+
+
+def restore_choices(tokenizer: Tokenizer, params: SamplingParams, ids: Sequence[Sequence[int]]) -> list[Choice]:
+    """Choices that came with the KV."""
+    choices = [Choice(tokenizer, params, c) for c in range(len(ids))]
+    for choice, choice_ids in zip(choices, ids, strict=True):
+        choice.restore(choice_ids)
+    return choices
