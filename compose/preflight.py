@@ -128,8 +128,9 @@ def check_model(settings: Settings, folder: Path, found: Findings) -> None:
     if per_worker * num_workers > free:
         found.notices.append(
             f"memory: {num_workers} workers may use {per_worker * num_workers / 2**30:.1f} GiB "
-            f"(each {weights / 2**30:.2f} weights + {num_blocks * block_bytes / 2**30:.2f} KV + {BASE_MEMORY_PER_WORKER / 2**30:.2f} program), and "
-            f"{free / 2**30:.1f} GiB are available; lower `kv.memory_bytes` if it runs short."
+            f"(each {weights / 2**30:.2f} weights + {num_blocks * block_bytes / 2**30:.2f} KV + "
+            f"{BASE_MEMORY_PER_WORKER / 2**30:.2f} program), and {free / 2**30:.1f} GiB are available; "
+            "lower `kv.memory_bytes` if it runs short."
         )
 
 

@@ -1,0 +1,37 @@
+# make up      a cluster on this machine, with everything it needs      make up ARGS="--decode 2 --port 9000"
+# make test    all tests                                                make test ARGS="tests/unit -k configs"
+# make check   lint, types, imports, generated docs
+# make bench   prefill + decode against monolithic workers, same machine
+# Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, ARGS=<flags>
+
+export TORCH TORCH_INDEX PYTHON
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup up test check docs bench clean
+
+setup:
+	@sh .ci/setup
+
+up: setup
+	@$(BIN)/celeriac up $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py tests/unit/configs tests/unit/compose
+
+docs: setup
+	$(BIN)/python -m compose.reference
+
+bench: setup
+	$(BIN)/celeriac bench compare $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
