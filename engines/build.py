@@ -10,7 +10,7 @@ import xxhash
 
 from configs.schema import Settings
 from engines.core import EngineCore, Scheduler
-from engines.errors import PoolTooSmall
+from engines.errors import ContextTooLong, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
 from engines.finish import FinishRule
 from engines.kv_region import KVTensor
@@ -57,7 +57,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     dtype = choose_dtype(settings.model.dtype, device)
     folder = resolve_model(settings.model.path, settings.model.revision)
     model, model_config = build_engine_model(folder, dtype=dtype, device=device)
-    max_model_len = settings.model.max_model_len or model_config.max_position_embeddings
+    max_model_len = _context(settings.model.max_model_len, model_config)
 
     block_bytes = KVTensor.bytes_per_block(model_config, settings.kv.block_size, dtype)
     num_blocks = settings.kv.num_blocks or max(1, settings.kv.memory_bytes // block_bytes)
@@ -114,6 +114,12 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         str(device),
         torch.get_num_threads(),
     )
+
+
+def _context(asked: int, config: ModelConfig) -> int:
+    if asked > config.max_position_embeddings:
+        raise ContextTooLong(asked=asked, limit=config.max_position_embeddings)
+    return asked or config.max_position_embeddings
 
 
 def compat_hash(digest: str, config: ModelConfig, block_size: int, dtype: str) -> str:

@@ -23,6 +23,7 @@ from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
 from engines.transfer_state import TransferState
 from kvstore import transport as kv
+from kvstore.state.entries import TokenLogprobs
 
 if TYPE_CHECKING:
     from engines.runner import ModelRunner, SampledTokens
@@ -142,6 +143,11 @@ class EngineCore:
             text = f"{num_ids} tokens are more than the context of {self._finish.max_model_len} holds"
             self._send(messages.Failed(add.rid, "context_length_exceeded", text))
             return
+        num_blocks = self._blocks_for(add, num_ids)
+        if num_blocks > self._pool.num_blocks:
+            text = f"{num_blocks} KV blocks are needed, this worker has {self._pool.num_blocks}"
+            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
+            return
         is_fresh = not any(add.choices)
         if add.mode == "local" and not (is_fresh and len(add.choices) > 1):
             for choice, ids in enumerate(add.choices):
@@ -151,11 +157,8 @@ class EngineCore:
         shared_ids = add.choices[0] if len(add.choices) == 1 else []
         sequence = self._sequence(add, 0, shared_ids)
         sequence.num_samples = len(add.choices) if is_fresh or len(add.choices) == 1 else 0
-        num_blocks = self._blocks_for(add, len(add.prompt_ids) + len(shared_ids))
-        if num_blocks > self._pool.num_blocks:
-            text = f"{num_blocks} KV blocks are needed, this worker has {self._pool.num_blocks}"
-            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
-        elif add.mode == "push":
+        if add.mode == "push":
+            num_blocks = self._blocks_for(add, len(add.prompt_ids) + len(shared_ids))
             self._writer.add(add, sequence, num_blocks=num_blocks)
         else:
             self._start(sequence)
@@ -251,8 +254,8 @@ class EngineCore:
         plan = self._scheduler.schedule(now)
         if plan is None:
             return False
-        for sequence in plan.preempted:
-            self._preempt(sequence)
+        for rid in {sequence.rid: None for sequence in plan.preempted}:
+            self._preempt(rid)
         if not plan.scheduled:
             return bool(plan.preempted)
         try:
@@ -299,9 +302,13 @@ class EngineCore:
             self._counters["output_tokens"] += sum(len(out.token_ids) for out in outs)
             self._send(messages.Tokens(plan.step_id, outs))
 
-    def _emit(self, sequence: Sequence, ids: list[int], logprobs: list[object] | None, outs: list[TokenOut]) -> None:
+    def _emit(
+        self, sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs] | None, outs: list[TokenOut]
+    ) -> None:
         finish = self._check(sequence)
-        outs.append(self._token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish))
+        outs.append(
+            self._token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish)
+        )
         if finish is not None:
             self._release(sequence)
 
@@ -362,7 +369,7 @@ class EngineCore:
         choice: int,
         index: int,
         ids: list[int],
-        logprobs: list[object] | None,
+        logprobs: list[TokenLogprobs] | None,
         finish: Finish | None,
     ) -> TokenOut:
         return TokenOut(
@@ -370,7 +377,7 @@ class EngineCore:
             choice,
             index,
             ids,
-            logprobs,  # type: ignore[arg-type]
+            logprobs,
             finish.reason if finish else "",
             finish.stop_reason if finish else None,
             sequence.num_cached_tokens,
@@ -394,16 +401,15 @@ class EngineCore:
         self._live.pop(sequence.seq_id, None)
         self._scheduler.remove(sequence.seq_id)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, rid: str) -> None:
         """The scheduler took its blocks. The whole request goes back to the queue: its choices stay together."""
-        self._live.pop(sequence.seq_id, None)
-        self._drop(sequence.rid, "")
-        self._send(messages.Preempted(sequence.rid))
+        self._drop(rid, "")
+        self._send(messages.Preempted(rid))
 
     def _fail(self, plan: StepPlan, error: EngineError) -> None:
         for rid in {item.sequence.rid for item in plan.scheduled}:
             self._drop(rid, "")
-            self._send(messages.Failed(rid, "internal_error", str(error)))
+            self._send(messages.Failed(rid, "internal_error", str(error), error.retryable))
 
     # ---------------------------------------------------------------- time and figures
     def _is_suspended(self, now: float) -> bool:

@@ -6,6 +6,7 @@ EngineError(retryable)
 │   ├── UnsupportedModel       a kind of model, rope, attention or quantisation that this engine does not have
 │   └── BadWeights             a weights file is damaged, or does not fit config.json
 ├── DeviceUnavailable          the device or dtype asked for is not to be had here
+├── ContextTooLong             `model.max_model_len` is more than the model was made for
 ├── PoolTooSmall               the KV pool cannot hold one sequence of the longest length
 ├── ForwardFailed              one step failed in torch (memory, mostly)                       (retryable)
 └── NonFiniteLogits            a step's logits are NaN: damaged KV or weights, never sampled   (retryable)
@@ -59,6 +60,18 @@ class DeviceUnavailable(EngineError):
         super().__init__(f"`{asked}` cannot be used: {why}. {hint}")
         self.asked = asked
         self.why = why
+
+
+class ContextTooLong(EngineError):
+    """A context that the model has no positions for."""
+
+    def __init__(self, *, asked: int, limit: int) -> None:
+        super().__init__(
+            f"`model.max_model_len` is {asked}, the model's `max_position_embeddings` is {limit}. "
+            f"Expected at most {limit}; 0 takes the model's own."
+        )
+        self.asked = asked
+        self.limit = limit
 
 
 class PoolTooSmall(EngineError):

@@ -1,10 +1,10 @@
 """The writer's side of a hand-off: find a decode worker, push KV while it is computed, commit, let go.
 
-    Add(push) --> SEEKING --reserve--> RESERVING --GrantReceived--> GRANTED --computed, commit--> COMMITTED --> gone
-                     ^                     | refused                   | link failed               | Handed, Refused
-                     '---------------------+---------------------------+---------------------------'  (failed)
-    A sequence without a grant holds no blocks and is not computed. One whose push failed keeps its KV and looks
-    for another receiver, so nothing is computed twice.
+Add(push) --> SEEKING --reserve--> RESERVING --GrantReceived--> GRANTED --computed, commit--> COMMITTED --> gone
+                 ^                     | refused                   | link failed               | Handed, Refused
+                 '---------------------+---------------------------+---------------------------'  (failed)
+A sequence without a grant holds no blocks and is not computed. One whose push failed keeps its KV and looks
+for another receiver, so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -251,13 +251,11 @@ class HandoffWriter:
             self._commit(out)
 
     def finished_early(self, sequence: Sequence) -> None:
-        """Every choice ended with its first token: there is nothing to hand over."""
+        """Every choice ended with its first token: the front publishes the end, nothing is handed over."""
         out = self._by_rid.pop(sequence.rid, None)
-        if out is None:
-            return
-        out.is_computed = True
-        self._let_go(out)
-        self._report(out, "handed", "finished at prefill")
+        if out is not None:
+            out.is_computed = True
+            self._let_go(out)
 
     def _push_rest(self, out: Outgoing) -> None:
         """Blocks that no step pushed: all of them after a failed push."""

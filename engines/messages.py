@@ -202,11 +202,12 @@ class Preempted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot serve this request, ever. The front calls `finish(FAILED, code)`."""
+    """The engine gave the request up. The front calls `finish(FAILED, code)`, or `release` while another try may help."""
 
     rid: str
     code: str
     message: str
+    is_retryable: bool = False
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -7,6 +7,7 @@ at once by either side. The first frame is the `EngineConfig`, so that no secret
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -91,10 +92,8 @@ def spawn_engine(
         settings=settings, role=role, node=node, incarnation=incarnation, secret=secret, cpus=cpus, gpu=gpu
     )
     body = msgspec.msgpack.encode(config)
-    try:
+    with contextlib.suppress(OSError):  # it died at once: the caller sees EOF
         ours.sendall(FRAME_HEADER.pack(len(body)) + body)
-    except OSError:  # died at once: the caller sees EOF
-        pass
     return EngineChild(process, ours)
 
 

@@ -1,9 +1,9 @@
 """A sequence: prompt and output tokens of one choice of a request, and how much of it has KV.
 
-    token_ids   [ prompt ........................ | output ........ ]
-                  ^0        ^num_computed_tokens                    ^num_tokens
-    Tokens before `num_computed_tokens` have KV in `block_table`. A step computes the next few; when it reaches
-    `num_tokens` it samples the token at index `len(output_token_ids)`.
+token_ids   [ prompt ........................ | output ........ ]
+              ^0        ^num_computed_tokens                    ^num_tokens
+Tokens before `num_computed_tokens` have KV in `block_table`. A step computes the next few; when it reaches
+`num_tokens` it samples the token at index `len(output_token_ids)`.
 """
 
 from __future__ import annotations

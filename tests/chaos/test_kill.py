@@ -21,7 +21,9 @@ NUM_STREAMS = 20
 def _bodies() -> list[dict[str, Any]]:
     """Half greedy, half seeded; long enough to be in the middle when the kill comes."""
     common = {"max_tokens": 160, "ignore_eos": True}
-    stories = [f"<|im_start|>user\nCount from {i} to 90.<|im_end|>\n<|im_start|>assistant\n" for i in range(NUM_STREAMS)]
+    stories = [
+        f"<|im_start|>user\nCount from {i} to 90.<|im_end|>\n<|im_start|>assistant\n" for i in range(NUM_STREAMS)
+    ]
     return [
         {"prompt": text, "temperature": 0, **common}
         if i % 2

@@ -45,7 +45,14 @@ def test_streamed_and_whole_answers_are_equal(client: openai.OpenAI, temperature
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_n_choices_of_one_seed_differ_and_come_again(client: openai.OpenAI, n: int) -> None:
-    fields = {"model": "tiny-chat", "prompt": "Tell me a story", "n": n, "temperature": 1.0, "seed": 11, "max_tokens": 24}
+    fields = {
+        "model": "tiny-chat",
+        "prompt": "Tell me a story",
+        "n": n,
+        "temperature": 1.0,
+        "seed": 11,
+        "max_tokens": 24,
+    }
     first = client.completions.create(**fields)
     second = client.completions.create(**fields)
 
@@ -91,11 +98,13 @@ def test_logprobs_belong_to_the_tokens(client: openai.OpenAI) -> None:
 
 
 def test_completion_logprobs_and_echo(client: openai.OpenAI) -> None:
-    answer = client.completions.create(
-        model="tiny-chat", prompt="Count to 30.", temperature=0, max_tokens=4, logprobs=2, echo=True
-    )
-    assert answer.choices[0].text.startswith("Count to 30.")
-    assert answer.choices[0].logprobs.token_logprobs[0] is None
+    fields = {"model": "tiny-chat", "prompt": "Count to 30.", "temperature": 0, "max_tokens": 4}
+    plain = client.completions.create(**fields, logprobs=2)
+    echoed = client.completions.create(**fields, echo=True)
+
+    assert echoed.choices[0].text == "Count to 30." + plain.choices[0].text
+    assert "".join(plain.choices[0].logprobs.tokens) == plain.choices[0].text
+    assert all(len(top) == 2 for top in plain.choices[0].logprobs.top_logprobs)
 
 
 def test_request_ids_come_back(client: openai.OpenAI) -> None:
