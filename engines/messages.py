@@ -202,7 +202,7 @@ class Preempted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The engine gave the request up. The front calls `finish(FAILED, code)`, or `release` while another try may help."""
+    """The engine gave the request up. The front calls `finish(FAILED, code)`, or `release` if a retry may help."""
 
     rid: str
     code: str
