@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs.errors import SecretError, ShadowedPackage
+from configs.origin_check import check_origin
+from configs.secret import make_secret
+
+
+def settings_in(folder: Path) -> configs.Settings:
+    return configs.load(env={"HOME": "/h", "CELERIAC_RUN_DIR": str(folder)})
+
+
+def test_a_made_secret_is_for_its_owner_only_and_stays(tmp_path: Path) -> None:
+    make_secret(tmp_path / "secret")
+    first = configs.secret(settings_in(tmp_path), env={})
+    make_secret(tmp_path / "secret")
+    assert configs.secret(settings_in(tmp_path), env={}) == first
+    assert len(first) == 64
+
+
+def test_a_secret_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    make_secret(tmp_path / "secret")
+    (tmp_path / "secret").chmod(0o644)
+    with pytest.raises(SecretError, match="chmod 600"):
+        configs.secret(settings_in(tmp_path), env={})
+
+
+def test_a_missing_or_short_secret_is_refused_and_never_printed(tmp_path: Path) -> None:
+    with pytest.raises(SecretError, match="cannot be read"):
+        configs.secret(settings_in(tmp_path), env={})
+    with pytest.raises(SecretError) as caught:
+        configs.secret(settings_in(tmp_path), env={"CELERIAC_CLUSTER_SECRET": "hunter2"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_environment_may_hold_the_secret(tmp_path: Path) -> None:
+    env = {"CELERIAC_CLUSTER_SECRET": "0123456789abcdef"}
+    assert configs.secret(settings_in(tmp_path), env=env) == b"0123456789abcdef"
+
+
+def test_a_foreign_package_in_front_of_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_origin()
+    foreign = tmp_path / "planted"
+    (foreign / "webapp").mkdir(parents=True)
+    (foreign / "webapp" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(foreign))
+    for name in [name for name in sys.modules if name == "webapp" or name.startswith("webapp.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ShadowedPackage, match="planted/webapp/__init__"):
+        check_origin()
