@@ -58,7 +58,7 @@ class Choice:
         self.fin: FinEntry | None = None
         self.is_fin_published = False
         self._texts: list[str] = []
-        self._logprobs: list[TokenLogprobs] | None = [] if params.logprobs is not None else None
+        self._logprobs: list[TokenLogprobs | None] | None = [] if params.logprobs is not None else None
         self._hashes = [0]
         self._stream = TextStream(tokenizer, params)
 
@@ -91,8 +91,8 @@ class Choice:
             self._texts.append(self._stream.push(token_id))
             self.ids.append(token_id)
             self._hashes.append(roll(self._hashes[-1], token_id))
-            if self._logprobs is not None and logprobs is not None and len(self._logprobs) == len(self.ids) - 1:
-                self._logprobs.append(logprobs[i])
+            if self._logprobs is not None:
+                self._logprobs.append(None if logprobs is None else logprobs[i])
             if self._stream.matched_stop is not None:
                 self._end("stop", self._stream.matched_stop)
                 return
@@ -110,9 +110,9 @@ class Choice:
         start, end = self.cursor, len(self.ids)
         if start >= end:
             return None
-        # Logprobs of tokens that a former owner computed may be unknown; then the whole entry goes without.
-        has_logprobs = self._logprobs is not None and len(self._logprobs) == end
-        logprobs = tuple(self._logprobs[start:end]) if has_logprobs and self._logprobs is not None else None
+        # Logprobs of tokens that a former owner computed may be unknown; an entry with such a token goes without.
+        known = [] if self._logprobs is None else [one for one in self._logprobs[start:end] if one is not None]
+        logprobs = tuple(known) if len(known) == end - start else None
         return TokenEntry(
             start, self._hashes[start], tuple(self.ids[start:end]), tuple(self._texts[start:end]), logprobs
         )
