@@ -80,6 +80,7 @@ class Loop:
     def close(self) -> None:
         self._epoll.close()
         os.close(self._wake_fd)
+        self._wake_fd = -1
 
     def _dispatch(self, fd: int, mask: int) -> None:
         if fd == self._wake_fd:

@@ -117,10 +117,14 @@ class KVNode:
 
     def stop(self) -> None:
         """Close all links, then the listeners. Peers see EOF; our memory stays mapped until the process ends."""
+        if self.wake_fd < 0:
+            return
         self._loop.post(self._loop.stop)
         if self._thread.ident is not None:
             self._thread.join(STOP_TIMEOUT_S)
         if not self._thread.is_alive():
+            # Not in the kv thread: `post` must never write to a descriptor that has a new meaning.
+            self._loop.close()
             os.close(self.wake_fd)
             self.wake_fd = -1
 
@@ -185,7 +189,7 @@ class KVNode:
             TransportError: the `kv` thread has failed; this engine must end.
         """
         self._writer.engine_seen_s = self._context.clock()
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             os.eventfd_read(self.wake_fd)  # before the queue is emptied: an event that comes now wakes again
         if self._failure is not None:
             raise TransportError("the kv thread failed; restart this engine") from self._failure
@@ -250,7 +254,6 @@ class KVNode:
             os.eventfd_write(self.wake_fd, 1)
         for listener in self._listeners:
             listener.close()
-        self._loop.close()
 
     def _work(self) -> bool:
         is_writing, is_verifying = self._writer.work(), self._receiver.work()

@@ -188,10 +188,9 @@ class ReceiverSide:
 
     # ---------------------------------------------------------------- private
     def _perform(self, actions: list[Action]) -> None:
+        self.blocks_by_state = self.table.blocks_by_state()  # before the engine hears of it
         for action in actions:
             self._perform_one(action)
-        if actions:
-            self.blocks_by_state = self.table.blocks_by_state()
 
     def _perform_one(self, action: Action) -> None:
         emit = self._context.emit

@@ -1,0 +1,98 @@
+"""A second process dies, hangs or comes back, at the worst moments. No page is freed before the proof."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.transport import Arrived, BlocksFree, GrantReceived, PushFailed, ReserveRequested
+from tests.contract.transport_helpers import Child, End
+from tests.contract.transport_peer import NUM_LAYERS
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def end(protocol: str, tmp_path: Path) -> Iterator[End]:
+    node = End("here", str(tmp_path), [protocol])
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def writer(end: End, protocol: str, tmp_path: Path) -> Iterator[Child]:
+    """A writer process that holds a grant of blocks 10..17 here and has pushed a part."""
+    with Child("writer", protocol, str(tmp_path), end.address) as child:
+        end.node.grant(end.wait(ReserveRequested, timeout_s=20), list(range(10, 18)))
+        assert child.read_event() == "GrantReceived"
+        yield child
+
+
+def test_kill_mid_push_frees_the_blocks_at_once(end: End, writer: Child) -> None:
+    writer.tell("push")
+    time.sleep(0.05)  # somewhere in the middle of 4 GB
+    writer.signal(signal.SIGKILL)
+    assert end.wait(BlocksFree, timeout_s=2.0).blocks == tuple(range(10, 18))
+    assert sum(end.node.grants().values()) == 0
+    end.node.check_invariants()
+
+
+def test_a_commit_that_came_before_the_kill_still_arrives(end: End, writer: Child) -> None:
+    writer.tell("commit")
+    assert end.wait(Arrived).num_tokens == 100
+    writer.signal(signal.SIGKILL)
+    assert not end.sees(BlocksFree, within_s=0.5)
+    assert end.node.grants()["COMMITTED"] == 8
+    end.node.settle("w:1", False)
+    end.wait(BlocksFree)
+
+
+def test_a_stopped_writer_is_quarantined_then_fenced_when_it_wakes(end: End, writer: Child) -> None:
+    """Silence frees nothing; the writer's own word does."""
+    writer.signal(signal.SIGSTOP)
+    assert not end.sees(BlocksFree, within_s=5.5)
+    assert end.node.grants() == {"LEASED": 0, "COMMITTED": 0, "QUARANTINED": 8}
+    (overdue,) = end.node.overdue_writers()
+    assert (overdue.xfer, overdue.num_blocks) == ("w:1", 8)
+    writer.signal(signal.SIGCONT)
+    assert writer.read_event() == "PushFailed"
+    assert end.wait(BlocksFree, timeout_s=2).blocks == tuple(range(10, 18))
+
+
+def test_kill_of_a_quarantined_writer_is_the_proof(end: End, writer: Child) -> None:
+    writer.signal(signal.SIGSTOP)
+    assert not end.sees(BlocksFree, within_s=2.5)
+    writer.signal(signal.SIGKILL)
+    end.wait(BlocksFree, timeout_s=2)
+
+
+def test_a_killed_receiver_fails_the_push_in_bounded_time(end: End, protocol: str, tmp_path: Path) -> None:
+    with Child("receiver", protocol, str(tmp_path)) as child:
+        end.reserve(child.address, "w:1", 4)
+        end.wait(GrantReceived)
+        end.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)
+        child.signal(signal.SIGKILL)
+        assert end.wait(PushFailed, timeout_s=2).reason.startswith("channel_lost")
+
+
+def test_a_stopped_receiver_fails_the_push_after_two_seconds(end: End, protocol: str, tmp_path: Path) -> None:
+    """The writer closes the link, so the receiver frees when it wakes, and nothing was written meanwhile."""
+    with Child("receiver", protocol, str(tmp_path)) as child:
+        end.reserve(child.address, "w:1", 4)
+        end.wait(GrantReceived)
+        child.signal(signal.SIGSTOP)
+        start_s = time.monotonic()
+        for _ in range(40):
+            end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
+        assert end.wait(PushFailed, timeout_s=5).reason == "silent"
+        assert time.monotonic() - start_s > 1.0
+        child.signal(signal.SIGCONT)
+        assert child.read_event() == "ReserveRequested"
+        assert child.read_event() == "BlocksFree"

@@ -1,0 +1,125 @@
+"""Two nodes in one process, a second process, and waiting for events; for the transport tests."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from kvstore.address import KVAddress
+from kvstore.transport import Event, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
+from tests.contract.transport_peer import COMPAT, LAYER_BYTES, NUM_BLOCKS, NUM_LAYERS, SECRET
+
+ROOT = Path(__file__).parents[2]
+E = TypeVar("E", bound=Event)
+
+
+class End:
+    """One node, its region, and all events so far."""
+
+    def __init__(
+        self,
+        name: str,
+        run_dir: str,
+        protocols: Sequence[str],
+        *,
+        secret: bytes = SECRET,
+        compat: str = COMPAT,
+        times: Times | None = None,
+    ) -> None:
+        self.region = KVRegion.create(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
+        self.node = KVNode(
+            incarnation=name,
+            region=self.region,
+            secret=secret,
+            compat=compat,
+            protocols=protocols,
+            run_dir=run_dir,
+            times=times,
+        )
+        self.address = self.node.start()
+        self.events: list[Event] = []
+        self._num_seen = 0
+
+    def wait(self, kind: type[E], *, timeout_s: float = 10.0) -> E:
+        """The next event of this kind; others are skipped."""
+        ends_s = time.monotonic() + timeout_s
+        while True:
+            self.events += self.node.poll_events()
+            while self._num_seen < len(self.events):
+                event = self.events[self._num_seen]
+                self._num_seen += 1
+                if isinstance(event, kind):
+                    return event
+            left_s = ends_s - time.monotonic()
+            assert left_s > 0, f"no {kind.__name__} within {timeout_s} s, but {self.events}"
+            select.select([self.node.wake_fd], [], [], left_s)
+
+    def sees(self, kind: type[Event], *, within_s: float) -> bool:
+        """Whether such an event comes in this time."""
+        try:
+            self.wait(kind, timeout_s=within_s)
+        except AssertionError:
+            return False
+        return True
+
+    def reserve(self, target: KVAddress, xfer: str, num_blocks: int, *, deadline_s: float = 60.0) -> None:
+        self.node.reserve(
+            target, xfer, rid=f"rid-{xfer}", epoch=3, token="tok", num_blocks=num_blocks, deadline_s=deadline_s
+        )
+
+    def close(self) -> None:
+        self.node.stop()
+
+
+def granted(writer: End, reader: End, xfer: str, blocks: list[int]) -> None:
+    """Reserve and grant; both sides know it afterwards."""
+    writer.reserve(reader.address, xfer, len(blocks))
+    reader.node.grant(reader.wait(ReserveRequested), blocks)
+    writer.wait(GrantReceived)
+
+
+def fill(region: KVRegion) -> None:
+    region.buffer[:] = os.urandom(region.num_bytes)
+
+
+class Child:
+    """A `transport_peer` process. Use as a context; it is killed at the end."""
+
+    def __init__(self, role: str, protocol: str, run_dir: str, target: KVAddress | None = None) -> None:
+        command = [sys.executable, "-m", "tests.contract.transport_peer", role, protocol, run_dir]
+        if target is not None:
+            command.append(msgspec.json.encode(target).decode())
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert self._process.stdout is not None
+        self.pid = self._process.pid
+        self.address = msgspec.json.decode(self._process.stdout.readline(), type=KVAddress)
+
+    def tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+
+    def read_event(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()

@@ -1,0 +1,59 @@
+"""The other process of the transport tests: a writer or a receiver that is told over stdin what to do.
+
+    python -m tests.contract.transport_peer <writer|receiver> <protocol> <run dir> [target address as JSON]
+Prints its address (receiver), then one line per event: the name of its class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+
+import msgspec
+
+from kvstore.address import KVAddress
+from kvstore.transport import Arrived, GrantReceived, KVNode, KVRegion, ReserveRequested
+
+NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES = 32, 4, 64 << 10
+SECRET, COMPAT = b"the cluster secret", "compat-1"
+
+
+def main() -> None:
+    role, protocol, run_dir = sys.argv[1:4]
+    region = KVRegion.create(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
+    region.buffer[:] = bytes([7]) * region.num_bytes
+    node = KVNode(
+        incarnation=f"{role}-child", region=region, secret=SECRET, compat=COMPAT, protocols=(protocol,), run_dir=run_dir
+    )
+    address = node.start()
+    print(msgspec.json.encode(address).decode(), flush=True)
+    if role == "writer":
+        target = msgspec.json.decode(sys.argv[4], type=KVAddress)
+        node.reserve(target, "w:1", rid="r1", epoch=1, token="t", num_blocks=8, deadline_s=60)
+    while True:
+        readable, _, _ = select.select([node.wake_fd, sys.stdin], [], [], 0.5)
+        for event in node.poll_events():
+            match event:
+                case GrantReceived():
+                    node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
+                case ReserveRequested():
+                    node.grant(event, list(range(event.num_blocks)))
+                case Arrived():
+                    pass  # never settled: a receiver whose hand-off hangs
+            print(type(event).__name__, flush=True)
+        if sys.stdin in readable:
+            line = sys.stdin.readline().strip()
+            if line == "push":  # as much as it can, until it is killed
+                for _ in range(2000):
+                    node.push("w:1", [(place, place) for place in range(8)], 0, NUM_LAYERS)
+            elif line == "commit":
+                node.commit("w:1", src_blocks=list(range(4)), num_tokens=100, state=b"s")
+            elif not line:
+                node.stop()
+                return
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
