@@ -25,7 +25,7 @@ def configuration_page() -> str:
         "Where a value comes from, the strongest first: flags of the command line, the environment",
         "(`CELERIAC_<SECTION>__<NAME>`), a YAML file (`--config`, or `$CELERIAC_CONFIG`, or the cluster that runs in",
         "the default run folder), the default. `celeriac config show --origin` tells for each; `celeriac config check",
-        "FILE` checks a file whole. Sizes are written with their unit: `512MiB` is 2^20 based, `2GB` is 10^9. In a file,",
+        "FILE` checks a file whole. Sizes have their unit: `512MiB` is 2^20 based, `2GB` is 10^9 based. In a file,",
         "`${NAME}` stands for a variable of the environment.",
         "",
         "The cluster secret is in no setting: it is the file `secret_file` (mode 0600), or `$CELERIAC_CLUSTER_SECRET`.",

@@ -24,9 +24,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     file.write_text("gateway:\n  port: 1001\n  threads: 11\n  workers: 2\n")
     env = {"HOME": str(tmp_path), "CELERIAC_GATEWAY__PORT": "1002", "CELERIAC_GATEWAY__THREADS": "12"}
 
-    loaded = load_with_origins(
-        file, env=env, flags={"gateway.port": "1003"}, flag_names={"gateway.port": "--port"}
-    )
+    loaded = load_with_origins(file, env=env, flags={"gateway.port": "1003"}, flag_names={"gateway.port": "--port"})
 
     gateway = loaded.settings.gateway
     assert (gateway.port, gateway.threads, gateway.workers, gateway.host) == (1003, 12, 2, "127.0.0.1")

@@ -20,7 +20,12 @@ def test_preset_is_valid_on_any_machine(preset: Path) -> None:
 def test_vllm_preset_has_eight_prefill_and_thirty_two_decode_workers() -> None:
     settings = configs.load(PRESETS / "vllm-8p32d.yaml", env=ENV)
     prefill, decode, transfer = settings.prefill, settings.decode, settings.transfer
-    assert (prefill.num_workers, prefill.hardware, prefill.max_batch_size, prefill.max_num_seqs) == (8, "H100", 128, 256)
+    assert (prefill.num_workers, prefill.hardware, prefill.max_batch_size, prefill.max_num_seqs) == (
+        8,
+        "H100",
+        128,
+        256,
+    )
     assert (decode.num_workers, decode.hardware, decode.max_batch_size, decode.max_num_seqs) == (
         32,
         "A100 or A10G",

@@ -42,7 +42,9 @@ def test_tags_never_build_anything(tmp_path: Path) -> None:
 
 
 def test_anchor_bombs_are_refused_before_they_grow(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20))
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+    )
     assert "anchors and aliases are not read" in refused(bomb, tmp_path)
 
 
