@@ -13,7 +13,6 @@ from click import Choice, Option
 
 import configs
 from configs.origin_check import check_origin
-from configs.origin_check import check_origin
 from configs.schema import Settings
 from tasks import commands, decode, generate, prefill
 from tasks.bootsteps import EngineStep, TaskSourceStep
