@@ -288,12 +288,13 @@ class EngineCore:
 
     def _after_step(self, plan: StepPlan, sampled: list[SampledTokens]) -> None:
         outs: list[TokenOut] = []
+        computed: list[tuple[Sequence, list[list[int]], bool]] = []
         for item in sampled:
             sequence = item.sequence
             if sequence.seq_id not in self._live:
                 continue
             if self._writer.knows(sequence.rid):
-                self._prompt_done(item, outs)
+                computed.append((sequence, *self._first_tokens(item, outs)))
             elif sequence.num_samples > 1:
                 self._fork_local(item, outs)
             else:
@@ -301,6 +302,8 @@ class EngineCore:
         if outs:
             self._counters["output_tokens"] += sum(len(out.token_ids) for out in outs)
             self._send(messages.Tokens(plan.step_id, outs))
+        for sequence, choices, is_finished in computed:  # after its tokens: they are on their way before COMMIT is
+            self._prompt_done(sequence, choices, is_finished=is_finished)
 
     def _emit(
         self, sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs] | None, outs: list[TokenOut]
@@ -312,19 +315,17 @@ class EngineCore:
         if finish is not None:
             self._release(sequence)
 
-    def _prompt_done(self, item: SampledTokens, outs: list[TokenOut]) -> None:
-        """A prompt to hand over is computed: report the first tokens at once, commit the transfer."""
-        sequence = item.sequence
-        choices, finished = self._first_tokens(item, outs)
+    def _prompt_done(self, sequence: Sequence, choices: list[list[int]], *, is_finished: bool) -> None:
+        """A prompt to hand over is computed: commit its transfer."""
         self._live.pop(sequence.seq_id, None)
         self._scheduler.remove(sequence.seq_id)
-        if choices and all(finished):
+        if is_finished:
             self._writer.finished_early(sequence)
         else:
             self._writer.computed(sequence, choices)
 
-    def _first_tokens(self, item: SampledTokens, outs: list[TokenOut]) -> tuple[list[list[int]], list[bool]]:
-        """Ids of each choice after the first sampling, and which are finished already."""
+    def _first_tokens(self, item: SampledTokens, outs: list[TokenOut]) -> tuple[list[list[int]], bool]:
+        """Ids of each choice after the first sampling, and whether all are finished already."""
         sequence = item.sequence
         base = sequence.output_token_ids[:]
         if sequence.num_samples == 1:
@@ -337,7 +338,7 @@ class EngineCore:
             outs.append(self._token_out(sequence, sequence.choice + j, len(ids) - 1, [token_id], logprobs, finish))
             choices.append(ids)
             finished.append(finish is not None)
-        return choices, finished
+        return choices, bool(finished) and all(finished)
 
     def _fork_local(self, item: SampledTokens, outs: list[TokenOut]) -> None:
         """Role `both`, n > 1: the prompt is computed once; each choice goes on by itself."""
