@@ -125,8 +125,8 @@ class EngineCore:
         match message:
             case messages.Add():
                 self._add(message)
-            case messages.Promote(rid, xfer):
-                self._promote(self._reader.promote(rid, xfer))
+            case messages.Promote(rid, xfer, epoch):
+                self._promote(self._reader.promote(rid, xfer, epoch))
             case messages.Drop(rid, xfer):
                 self._drop(rid, xfer)
             case messages.Stop(rid, c):
@@ -176,6 +176,7 @@ class EngineCore:
             deadline_s=now + add.deadline_s,
             priority=add.priority,
             tenant=add.tenant,
+            epoch=add.epoch,
         )
 
     def _blocks_for(self, add: messages.Add, num_tokens: int) -> int:
@@ -197,7 +198,7 @@ class EngineCore:
             return
         self._pool.free(sequence.block_table)
         num_ids = len(sequence.output_token_ids)
-        out = TokenOut(sequence.rid, sequence.choice, num_ids, [], None, finish.reason, finish.stop_reason)
+        out = self._token_out(sequence, sequence.choice, num_ids, [], None, finish)
         self._send(messages.Tokens(0, [out]))
 
     def _drop(self, rid: str, xfer: str) -> None:
@@ -358,7 +359,7 @@ class EngineCore:
             sequence.priority,
         )
         arrival = Arrival(sequence.rid, blocks, len(sequence.prompt_token_ids), state, sequence.deadline_s)
-        for fork in self._reader.fork(arrival):
+        for fork in self._reader.fork(arrival, sequence.epoch):
             if self._check(fork) is None:
                 self._start(fork)
             else:
@@ -382,6 +383,7 @@ class EngineCore:
             finish.reason if finish else "",
             finish.stop_reason if finish else None,
             sequence.num_cached_tokens,
+            sequence.epoch,
         )
 
     def _check(self, sequence: Sequence) -> Finish | None:

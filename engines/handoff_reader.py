@@ -113,13 +113,13 @@ class HandoffReader:
         if rid is not None:
             self._send(messages.ArrivalLost(rid, event.xfer))
 
-    def promote(self, rid: str, xfer: str) -> list[Sequence]:
+    def promote(self, rid: str, xfer: str, epoch: int) -> list[Sequence]:
         """Sequences of an arrival, ready to step; [] if it is gone. They own its blocks from here on."""
         arrival = self._arrivals.pop(xfer, None)
         if arrival is None or arrival.rid != rid:
             return []
         self._kv.settle(xfer, True)
-        return self.fork(arrival)
+        return self.fork(arrival, epoch)
 
     def refuse(self, rid: str, xfer: str) -> None:
         """The front's `handoff` was not OK."""
@@ -132,7 +132,7 @@ class HandoffReader:
         for xfer in [xfer for xfer, arrival in self._arrivals.items() if arrival.rid == rid]:
             self.refuse(rid, xfer)
 
-    def fork(self, arrival: Arrival) -> list[Sequence]:
+    def fork(self, arrival: Arrival, epoch: int) -> list[Sequence]:
         """One sequence per choice. A choice that finds no block for its copy starts from nothing and recomputes."""
         state = arrival.state
         sequences = []
@@ -149,6 +149,7 @@ class HandoffReader:
                 priority=state.priority,
                 tenant=state.tenant,
                 num_cached_tokens=state.cached_tokens,
+                epoch=epoch,
             )
             if choice == 0:
                 sequence.block_table = arrival.blocks

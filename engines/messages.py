@@ -118,7 +118,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens of one choice from position `index` on; `finish` is "" while it goes on."""
+    """Tokens of one choice from position `index` on; `finish` is "" while it goes on.
+
+    `epoch` is that of the `Add` or `Promote` it was computed for: a request that left and came back knows its own.
+    """
 
     rid: str
     c: int
@@ -128,6 +131,7 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     finish: str = ""  # "stop" | "length"
     stop_reason: int | None = None
     cached_tokens: int = 0
+    epoch: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

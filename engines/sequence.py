@@ -21,6 +21,7 @@ class Sequence:
         num_samples: choices sampled when the prompt ends (n of a fresh request; 1 once forked).
         block_table: KV block ids in token order.
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        epoch: of the ownership it is computed under; its tokens carry it.
     """
 
     rid: str
@@ -38,6 +39,7 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    epoch: int = 0
 
     @property
     def seq_id(self) -> tuple[str, int]:

@@ -67,6 +67,7 @@ class FakeSequences:
     prompt_ids: list[int]
     choices: list[list[int]]
     params: SamplingParams
+    epoch: int
     done: set[int] = field(default_factory=set)
 
 
@@ -157,7 +158,9 @@ class FakeEngine(threading.Thread):
                 handoff, connection = self._arrivals.pop(xfer)
                 connection.sendall(b"H")
                 connection.close()
-                self._decoding[rid] = FakeSequences(rid, handoff.prompt_ids, handoff.choices, handoff.params)
+                self._decoding[rid] = FakeSequences(
+                    rid, handoff.prompt_ids, handoff.choices, handoff.params, message.epoch
+                )
             case messages.Drop(rid, xfer):
                 for key, (handoff, connection) in list(self._arrivals.items()):
                     if key == xfer or (not xfer and handoff.rid == rid):
@@ -247,15 +250,13 @@ class FakeEngine(threading.Thread):
             self._send(messages.Tokens(0, outs))
 
     def _prefill(self, add: messages.Add) -> list[TokenOut]:
-        sequences = FakeSequences(add.rid, add.prompt_ids, [list(ids) for ids in add.choices], add.params)
+        sequences = FakeSequences(add.rid, add.prompt_ids, [list(ids) for ids in add.choices], add.params, add.epoch)
         outs = self._advance(sequences)
         if add.mode == "local":
             self._decoding[add.rid] = sequences
         elif len(sequences.done) < len(sequences.choices):
             self._push(add, sequences.choices)
-        else:
-            self._send(messages.Pushed(rid=add.rid, xfer="", outcome="handed", reason="finished at prefill"))
-        return outs
+        return outs  # all finished at prefill: the tokens say so, nothing is handed over
 
     def _advance(self, sequences: FakeSequences) -> list[TokenOut]:
         outs = []
@@ -270,7 +271,8 @@ class FakeEngine(threading.Thread):
                 finish = self._rule.check(sequences.params, len(sequences.prompt_ids), ids)
             if finish is not None:
                 sequences.done.add(c)
-            outs.append(TokenOut(sequences.rid, c, len(ids) - len(new), new, None, finish.reason if finish else ""))
+            reason = finish.reason if finish else ""
+            outs.append(TokenOut(sequences.rid, c, len(ids) - len(new), new, None, reason, epoch=sequences.epoch))
         if len(sequences.done) == len(sequences.choices):
             self._decoding.pop(sequences.rid, None)
         return outs

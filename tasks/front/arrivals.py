@@ -141,6 +141,7 @@ class Arrivals:
             wake_n=0,
             deadline_s=now + message.deadline_s,
             started_s=now,
+            engine_epoch=reply.epoch,
             jobs=self._waiting.pop(message.rid, []),
         )
         set_cursors(request, reply)

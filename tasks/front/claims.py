@@ -175,6 +175,8 @@ class Claims:
             wake_n=claimed.wake_n,
             deadline_s=now + claimed.remaining_s,
             started_s=now,
+            engine_epoch=claimed.epoch,
+            attempts=claimed.attempts,
             jobs=hand.jobs,
         )
         ctx.live[hand.rid] = request

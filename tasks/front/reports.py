@@ -12,6 +12,8 @@ from tasks.front.peers import PeerTable
 from tasks.front.requests import LiveRequest, Phase, set_cursors
 from tasks.names import decode_queue
 
+MAX_ENGINE_ATTEMPTS = 3  # an engine error that may pass does not pass for ever
+
 log = logging.getLogger(__name__)
 
 
@@ -27,8 +29,8 @@ class EngineReports:
         ctx = self._ctx
         for out in message.outs:
             request = ctx.live.get(out.rid)
-            if request is None:
-                continue  # it left while the step ran
+            if request is None or out.epoch != request.engine_epoch:
+                continue  # it left while the step ran, and may be back
             try:
                 is_stopped = request.choices[out.c].extend(out)
             except ValueError as error:
@@ -109,5 +111,10 @@ class EngineReports:
 
     def on_failed(self, message: Failed) -> None:
         request = self._ctx.live.get(message.rid)
-        if request is not None:
+        if request is None:
+            return
+        if message.is_retryable and request.attempts < MAX_ENGINE_ATTEMPTS:
+            log.warning("%s goes back to the queue: %s", message.rid, message.message)
+            self._ends.released(request, f"engine: {message.message}", wait_s=NO_PAGES_WAIT_S)
+        else:
             self._ends.failed(request, message.code, message.message)

@@ -129,6 +129,8 @@ class LiveRequest:
         mode: push (prefill, to be handed over), local (role both), arrived (handed to us).
         jobs: Celery tasks that show it; none if the message has not come yet.
         deadline_s, started_s: on this process's clock.
+        engine_epoch: epoch that the engine was told; tokens of another one are of a former stay of this request.
+        attempts: claims so far, this one included.
     """
 
     rid: str
@@ -140,6 +142,8 @@ class LiveRequest:
     wake_n: int
     deadline_s: float
     started_s: float
+    engine_epoch: int
+    attempts: int = 1
     jobs: list[JobPort] = field(default_factory=list)
 
     def advance(self, phase: Phase) -> None:

@@ -111,7 +111,9 @@ class Rig:
         return job
 
     def tokens(self, ids: list[int], index: int = 0, *, c: int = 0, finish: str = "") -> None:
-        self.says(messages.Tokens(1, [messages.TokenOut(RID, c, index, ids, None, finish)]))
+        request = self.parts.ctx.live.get(RID)
+        epoch = 0 if request is None else request.engine_epoch
+        self.says(messages.Tokens(1, [messages.TokenOut(RID, c, index, ids, None, finish, epoch=epoch)]))
 
     def arrive(self, choices: list[list[int]] | None = None, **params: Any) -> None:
         self.says(messages.Incoming(RID, "x1"))
