@@ -16,6 +16,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         temperature: 0 means greedy.
         top_k: 0 means off.
         logprobs: None is off; 0 gives the chosen token's only; N also the N best.
+        prompt_logprobs: the same for every prompt token but the first, counted once per choice.
+        allowed_token_ids: only these may be chosen; empty allows all.
+        bad_word_ids: sequences of ids that the output must not contain.
     """
 
     n: int = 1
@@ -35,6 +38,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def is_greedy(self) -> bool:

@@ -1,10 +1,11 @@
-"""What changes logits before the choice: bias, penalties, end tokens that come too early. In this order."""
+"""What changes logits before the choice: bias, penalties, masks. In this order."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from engines.sampling.masks import mask_logits
 from engines.sampling.row import SamplingRow
 
 
@@ -12,7 +13,7 @@ def adjust_logits(logits: Tensor, rows: list[SamplingRow], eos_token_ids: tuple[
     """Change `logits` `[num_rows, vocab]` fp32 in place. Ids beyond the vocabulary are ignored."""
     _add_bias(logits, rows)
     _penalise(logits, rows)
-    _forbid_early_end(logits, rows, eos_token_ids)
+    mask_logits(logits, rows, eos_token_ids)
 
 
 def _add_bias(logits: Tensor, rows: list[SamplingRow]) -> None:
@@ -47,10 +48,3 @@ def _counts(ids_by_row: list[tuple[int, list[int]]], vocab_size: int) -> tuple[T
     ]
     unique, counts = torch.unique(torch.cat(keys), return_counts=True)
     return torch.div(unique, vocab_size, rounding_mode="floor"), unique % vocab_size, counts
-
-
-def _forbid_early_end(logits: Tensor, rows: list[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
-    for i, row in enumerate(rows):
-        if row.index < row.params.min_tokens:
-            ends = [token for token in (*eos_token_ids, *row.params.stop_token_ids) if token < logits.shape[1]]
-            logits[i, ends] = float("-inf")

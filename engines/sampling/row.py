@@ -27,6 +27,8 @@ class SamplingRow:
         params = self.params
         return bool(
             params.logit_bias
+            or params.allowed_token_ids
+            or params.bad_word_ids
             or params.repetition_penalty != 1.0
             or params.frequency_penalty
             or params.presence_penalty

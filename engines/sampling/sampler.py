@@ -2,7 +2,8 @@
 
 Order of operations, per row:
     1. logprobs of the model's own distribution: before everything else
-    2. logit_bias      3. repetition, then frequency and presence penalty      4. end tokens masked before min_tokens
+    2. logit_bias      3. repetition, then frequency and presence penalty
+    4. masks: all but allowed_token_ids, bad words, end tokens before min_tokens
     5. temperature 0: the largest logit, lowest id on ties. Else temperature, top_k, top_p, min_p, random choice
 A step whose rows are all greedy and unchanged is one argmax.
 """
