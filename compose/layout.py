@@ -14,11 +14,13 @@ from typing import Final, Literal
 
 from configs.loader import CONFIG_VARIABLE, ENV_PREFIX, SECRET_VARIABLE
 from configs.schema import Settings
+from engines.step_log import VARIABLE as STEP_LOG_VARIABLE
+from engines.step_timer import VARIABLE as STEP_PROFILE_VARIABLE
 
 Role = Literal["prefill", "decode", "both"]
 NODE_PREFIX: Final[Mapping[Role, str]] = {"prefill": "p", "decode": "d", "both": "b"}
 PACKAGE_ROOT: Final = Path(__file__).resolve().parent.parent
-_KEPT: Final = (CONFIG_VARIABLE, SECRET_VARIABLE)
+_KEPT: Final = (CONFIG_VARIABLE, SECRET_VARIABLE, STEP_LOG_VARIABLE, STEP_PROFILE_VARIABLE)
 
 
 @dataclass(frozen=True)

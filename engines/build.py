@@ -20,7 +20,9 @@ from engines.models.source import resolve_model, weights_digest
 from engines.process import EngineConfig
 from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
+from engines.scheduler.plan import StepPlan
 from engines.step_log import StepLog
+from engines.step_timer import OFF, StepProfile, StepTimer, TimedScheduler, timed_send
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
@@ -40,6 +42,7 @@ class Engine:
     dtype: str
     device: str
     num_threads: int
+    timer: StepTimer
 
 
 def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) -> Engine:
@@ -83,12 +86,16 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         bind=settings.transfer.bind_host,
         checksum=settings.transfer.checksum,
     )
-    runner = ModelRunner(model, region, device=device, dtype=dtype)
+    scheduler = _scheduler(config.role, settings, pool, cache)
+    timer: StepTimer = OFF
+    if profile := StepProfile.from_environment(config.incarnation):
+        timer, scheduler, send = profile, TimedScheduler(scheduler, profile), timed_send(send, profile)
+    runner = ModelRunner(model, region, device=device, dtype=dtype, timer=timer)
     step_log = StepLog.from_environment(config.incarnation)
     core = EngineCore(
         role=config.role,
         incarnation=config.incarnation,
-        scheduler=_scheduler(config.role, settings, pool, cache),
+        scheduler=scheduler,
         runner=runner,
         pool=pool,
         node=node,
@@ -100,7 +107,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         layer_group_bytes=settings.transfer.layer_group_bytes,
         max_num_seqs=role.max_num_seqs,
         watermark_blocks=int(settings.decode.watermark * num_blocks),
-        on_step=step_log.add if step_log else None,
+        on_step=_on_step(step_log, profile),
     )
     address = node.start()
     return Engine(
@@ -113,7 +120,21 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         str(dtype).removeprefix("torch."),
         str(device),
         torch.get_num_threads(),
+        timer,
     )
+
+
+def _on_step(step_log: StepLog | None, profile: StepProfile | None) -> Callable[[StepPlan, float], None] | None:
+    """Who is told of each step; nobody, mostly."""
+    listeners = [*([profile.end_step] if profile else []), *([step_log.add] if step_log else [])]
+    if len(listeners) < 2:
+        return listeners[0] if listeners else None
+
+    def tell_all(plan: StepPlan, elapsed_s: float) -> None:
+        for listener in listeners:
+            listener(plan, elapsed_s)
+
+    return tell_all
 
 
 def _context(asked: int, config: ModelConfig) -> int:

@@ -19,6 +19,7 @@ import msgspec
 from engines.core import EngineCore
 from engines.messages import EngineMessage, FrameReader, Ready, Shutdown, decode_front, frame
 from engines.process import SOCKET_BUFFER_BYTES, EngineConfig
+from engines.step_timer import OFF, StepTimer
 from kvstore import transport as kv
 from kvstore.clock import now_s
 
@@ -55,7 +56,7 @@ class FrontLink:
         return chunk
 
 
-def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore) -> None:
+def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore, timer: StepTimer = OFF) -> None:
     """Until `Shutdown` or EOF. Between two steps everything that came is handled; without work it waits in poll."""
     poller = select.poll()
     poller.register(link.sock, select.POLLIN)
@@ -63,15 +64,19 @@ def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore) -> None:
     is_busy = False
     while True:
         wait_s = 0.0 if is_busy else max(core.next_wakeup_s() - now_s(), 0.0)
-        for fd, _ in poller.poll(min(wait_s, 1.0) * 1e3):
+        ready = poller.poll(min(wait_s, 1.0) * 1e3)
+        timer.split("poll")
+        for fd, _ in ready:
             if fd == link.sock.fileno():
                 for body in link.frames():
                     message = decode_front(body)
                     if isinstance(message, Shutdown):
                         return
                     core.handle(message)
+        timer.split("front_messages")
         for event in node.poll_events():
             core.handle_kv(event)
+        timer.split("kv_events")
         is_busy = core.step()
 
 
@@ -105,7 +110,7 @@ def main() -> None:
         )
     )
     with contextlib.suppress(EOFError, ConnectionError):
-        run_loop(link, engine.node, engine.core)
+        run_loop(link, engine.node, engine.core, engine.timer)
     engine.node.stop()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,6 +19,7 @@ from engines.sampling.row import SamplingRow
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import ScheduledSequence, StepPlan
 from engines.sequence import Sequence
+from engines.step_timer import OFF, OTHER, StepTimer
 from kvstore.state.entries import TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,16 @@ class StepResult:
 class ModelRunner:
     """Owned by the engine thread. The only code that writes KV, apart from the transport's arrivals."""
 
-    def __init__(self, model: LlamaModel, region: KVTensor, *, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: LlamaModel, region: KVTensor, *, device: str, dtype: torch.dtype, timer: StepTimer = OFF
+    ) -> None:
         assert model.dtype == dtype == region.kv.dtype, (model.dtype, dtype, region.kv.dtype)
         self._model = model
         self._region = region
         self._device = device
         self._attention = TorchAttention(region.kv)
         self._sampler = Sampler(model.config.eos_token_ids)
+        self._timer = timer
 
     def run(
         self, plan: StepPlan, *, on_layers: Callable[[int, int], None] | None = None, layer_group: int = 0
@@ -70,7 +74,10 @@ class ModelRunner:
         try:
             with torch.inference_mode():
                 hidden = self._forward(plan, on_layers, layer_group)
-                return StepResult(plan.step_id, self._sample(plan, hidden))
+                self._timer.split("forward")
+                sampled = self._sample(plan, hidden)
+                self._timer.split("sample")
+                return StepResult(plan.step_id, sampled)
         except (RuntimeError, IndexError) as error:  # IndexError: an id or a position beyond the model's tables
             logger.exception("step %d failed", plan.step_id)
             raise ForwardFailed(step_id=plan.step_id, num_tokens=plan.num_tokens, detail=str(error)) from error
@@ -86,6 +93,7 @@ class ModelRunner:
             self._region.zero_tail(block, from_offset)
 
     def _forward(self, plan: StepPlan, on_layers: Callable[[int, int], None] | None, layer_group: int) -> Tensor:
+        self._timer.split(OTHER)
         ids = np.concatenate([_new_ids(item) for item in plan.scheduled])
         spans = [(item.start, item.start + item.num_new_tokens) for item in plan.scheduled]
         positions = np.concatenate([np.arange(start, end) for start, end in spans])
@@ -95,9 +103,11 @@ class ModelRunner:
                 self._on_device(np.concatenate([self._slots(item) for item in plan.scheduled])),
             )
         )
+        id_tensor, position_tensor = self._on_device(ids), self._on_device(positions)
+        self._timer.split("metadata")
         return self._model.forward(
-            self._on_device(ids),
-            self._on_device(positions),
+            id_tensor,
+            position_tensor,
             self._attention,
             on_layers=on_layers,
             layer_group=layer_group,
@@ -125,6 +135,7 @@ class ModelRunner:
             logit_of += [k] * sequence.num_samples
             rows += [_row(sequence, sequence.choice + j) for j in range(sequence.num_samples)]
         logits = self._model.logits(hidden[[end for _, end in with_rows]])
+        self._timer.split("logits")
         # NaN wins every maximum, so one look at the maxima finds all of them.
         if bool(logits.amax(-1).isnan().any()):
             broken = logits.amax(-1).isnan().tolist()
