@@ -1,19 +1,24 @@
-"""One engine without Celery, Redis and HTTP: the baseline of `celeriac bench engine --isolation`.
+"""One engine without Celery, Redis and HTTP: the baseline of `celeriac bench engine`.
 
     python -m engines.solo --concurrency 64 --num-requests 256 --input-len 64 --output-len 64 --cpus 1
+    python -m engines.solo --cpus 1 --jobs        one job per line of standard input, see `Job`
 
-The engine process is the one that workers start; this program only feeds it over its socket, always `concurrency`
-requests at once, greedy, and prints one JSON line of totals. Steps go to $CELERIAC_STEP_LOG.
+The engine process is the one that workers start; this program only feeds it over its socket, closed loop, greedy. It
+prints one JSON line when the engine is ready (with `--jobs`) and one per job. Steps go to $CELERIAC_STEP_LOG.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import select
+import sys
 import time
+from collections.abc import Iterator
 
 import click
+import msgspec
 
 import configs
 from engines.messages import Add, FrameReader, Lease, Ready, Shutdown, Tokens, decode_engine, frame
@@ -22,47 +27,107 @@ from engines.process import EngineChild, spawn_engine
 
 LEASE_EVERY_S = 0.5
 READ_BYTES = 1 << 20
+SWEEP_STEPS = 4  # a sweep changes the number of live requests by one every so many steps
+PROMPT_IDS = range(3, 1000)  # in every vocabulary
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`num_requests` requests, at most `concurrency` at once.
+
+    Attributes:
+        min_concurrency: above 0, the number of live requests sweeps between it and `concurrency`, so that a step log
+            has steps of every batch size between them.
+        min_output_len: above 0, output lengths are uniform between it and `output_len`.
+    """
+
+    num_requests: int
+    concurrency: int
+    input_len: int
+    output_len: int
+    min_concurrency: int = 0
+    min_output_len: int = 0
+    seed: int = 0
+
+    def concurrency_at(self, num_steps: int) -> int:
+        """Requests that may be live after `num_steps` steps.
+
+        >>> job = Job(num_requests=9, concurrency=3, input_len=1, output_len=1, min_concurrency=1)
+        >>> [job.concurrency_at(k * SWEEP_STEPS) for k in range(6)]
+        [3, 2, 1, 2, 3, 2]
+        """
+        span = self.concurrency - (self.min_concurrency or self.concurrency)
+        if span <= 0:
+            return self.concurrency
+        return self.concurrency - span + abs(num_steps // SWEEP_STEPS % (2 * span) - span)
 
 
 class Feeder:
-    """Keeps `concurrency` requests in the engine until all are done."""
+    """Talks to one engine. One thread."""
 
-    def __init__(self, child: EngineChild, adds: list[Add], *, concurrency: int) -> None:
+    def __init__(self, child: EngineChild, *, timeout_s: float) -> None:
+        """`timeout_s`: for the engine to be ready, and for each job."""
         self._child = child
-        self._waiting = adds[::-1]
-        self._num_live = 0
-        self._concurrency = concurrency
+        self._timeout_s = timeout_s
         self._reader = FrameReader()
-        self.num_tokens = 0
+        self._numbers = itertools.count()
+        self._num_live = 0
+        self._num_steps = 0
+        self._num_tokens = 0
 
-    def run(self, timeout_s: float) -> float:
-        """Seconds from the first request to the last token.
+    def wait_ready(self) -> Ready:
+        """Block until the weights are loaded.
 
         Raises:
-            TimeoutError: the engine did not finish within `timeout_s`.
+            TimeoutError, EOFError: the engine is not ready in time, or died.
+        """
+        end = time.monotonic() + self._timeout_s
+        while time.monotonic() < end:
+            for message in self._read(1.0):
+                if isinstance(message, Ready):
+                    return message
+        raise TimeoutError(f"the engine is not ready after {self._timeout_s} s")
+
+    def run(self, job: Job) -> dict[str, float]:
+        """Seconds from the first request to the last token, and the tokens.
+
+        Raises:
+            TimeoutError: the engine did not finish in time.
             EOFError: the engine died.
         """
-        self._until_ready(timeout_s)
+        adds = list(self._adds(job))[::-1]
+        self._num_steps = self._num_tokens = 0
         started_s, lease_s = time.monotonic(), 0.0
-        while self._waiting or self._num_live:
+        while adds or self._num_live:
             now = time.monotonic()
-            if now - started_s > timeout_s:
-                raise TimeoutError(f"{self._num_live} requests are not done after {timeout_s} s")
+            if now - started_s > self._timeout_s:
+                raise TimeoutError(f"{self._num_live} requests are not done after {self._timeout_s} s")
             if now - lease_s > LEASE_EVERY_S:
                 self._child.sock.sendall(frame(Lease()))
                 lease_s = now
-            while self._waiting and self._num_live < self._concurrency:
-                self._child.sock.sendall(frame(self._waiting.pop()))
-                self._num_live += 1
+            num_free = max(0, job.concurrency_at(self._num_steps) - self._num_live)
+            # In one write: the engine sees a batch as a batch.
+            batch = [adds.pop() for _ in range(min(num_free, len(adds)))]
+            if batch:
+                self._child.sock.sendall(b"".join(map(frame, batch)))
+                self._num_live += len(batch)
             self._read(LEASE_EVERY_S)
-        return time.monotonic() - started_s
+        return {"seconds": time.monotonic() - started_s, "num_tokens": self._num_tokens}
 
-    def _until_ready(self, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            if any(isinstance(message, Ready) for message in self._read(1.0)):
-                return
-        raise TimeoutError(f"the engine is not ready after {timeout_s} s")
+    def _adds(self, job: Job) -> Iterator[Add]:
+        rng = random.Random(job.seed)
+        for _ in range(job.num_requests):
+            number = next(self._numbers)
+            num_output = rng.randint(job.min_output_len or job.output_len, job.output_len)
+            yield Add(
+                rid=f"solo{number}",
+                epoch=1,
+                token="solo",
+                mode="local",
+                prompt_ids=rng.choices(PROMPT_IDS, k=job.input_len),
+                choices=[[]],
+                params=SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True),
+                seed=number,
+            )
 
     def _read(self, wait_s: float) -> list[object]:
         if not select.select([self._child.sock], [], [], wait_s)[0]:
@@ -73,7 +138,8 @@ class Feeder:
         messages: list[object] = [decode_engine(body) for body in self._reader.feed(chunk)]
         for message in messages:
             if isinstance(message, Tokens):
-                self.num_tokens += sum(len(out.token_ids) for out in message.outs)
+                self._num_steps += 1
+                self._num_tokens += sum(len(out.token_ids) for out in message.outs)
                 self._num_live -= sum(bool(out.finish) for out in message.outs)
         return messages
 
@@ -83,28 +149,22 @@ class Feeder:
 @click.option("--num-requests", default=256, show_default=True)
 @click.option("--input-len", default=64, show_default=True, help="Prompt tokens.")
 @click.option("--output-len", default=64, show_default=True)
+@click.option("--jobs", is_flag=True, help="Read jobs from standard input, one JSON object per line.")
 @click.option("--cpus", default="", help="Core numbers with commas; empty: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--timeout-s", default=300.0, show_default=True)
 def main(
-    concurrency: int, num_requests: int, input_len: int, output_len: int, cpus: str, seed: int, timeout_s: float
+    concurrency: int,
+    num_requests: int,
+    input_len: int,
+    output_len: int,
+    jobs: bool,
+    cpus: str,
+    seed: int,
+    timeout_s: float,
 ) -> None:
     """Feed one engine and print its totals."""
-    rng = random.Random(seed)
-    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    adds = [
-        Add(
-            rid=f"solo{i}",
-            epoch=1,
-            token="solo",
-            mode="local",
-            prompt_ids=[rng.randrange(3, 1000) for _ in range(input_len)],
-            choices=[[]],
-            params=params,
-            seed=i,
-        )
-        for i in range(num_requests)
-    ]
+    job = Job(num_requests=num_requests, concurrency=concurrency, input_len=input_len, output_len=output_len, seed=seed)
     child = spawn_engine(
         configs.load(),
         role="both",
@@ -114,13 +174,17 @@ def main(
         cpus=tuple(int(cpu) for cpu in cpus.split(",") if cpu),
     )
     try:
-        feeder = Feeder(child, adds, concurrency=concurrency)
-        seconds = feeder.run(timeout_s)
+        feeder = Feeder(child, timeout_s=timeout_s)
+        ready = feeder.wait_ready()
+        if jobs:
+            facts = {"pid": ready.pid, "dtype": ready.dtype, "num_threads": ready.num_threads, "load_s": ready.load_s}
+            print(json.dumps(facts), flush=True)
+        for each in (msgspec.json.decode(line, type=Job) for line in sys.stdin) if jobs else [job]:
+            print(json.dumps(feeder.run(each)), flush=True)
         child.sock.sendall(frame(Shutdown()))
         child.wait(10)
     finally:
         child.kill()
-    print(json.dumps({"seconds": seconds, "num_tokens": feeder.num_tokens}))
 
 
 if __name__ == "__main__":
