@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,19 @@ def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-VICTIMS: dict[str, Callable[[Cluster], int]] = {
-    "decode front": lambda cluster: cluster.worker("decode")["pid"],
-    "decode engine": lambda cluster: cluster.worker("decode")["engine_pids"][0],
-    "prefill front": lambda cluster: cluster.worker("prefill")["pid"],
-    "prefill engine": lambda cluster: cluster.worker("prefill")["engine_pids"][0],
-    "redis": lambda cluster: cluster.status()["redis"]["pid"],
+# Part -> its pid, and seconds after the requests at which it dies: prompts are computed early, tokens come later.
+VICTIMS: dict[str, tuple[Callable[[Cluster], int], float]] = {
+    "decode front": (lambda cluster: cluster.worker("decode")["pid"], 1.0),
+    "decode engine": (lambda cluster: cluster.worker("decode")["engine_pids"][0], 1.0),
+    "prefill front": (lambda cluster: cluster.worker("prefill")["pid"], 0.15),
+    "prefill engine": (lambda cluster: cluster.worker("prefill")["engine_pids"][0], 0.15),
+    "redis": (lambda cluster: cluster.status()["redis"]["pid"], 1.0),
 }
+
+
+def _kill_and_note(pid: int, killed_s: list[float]) -> None:
+    _kill(pid)
+    killed_s.append(time.monotonic())
 
 
 def _assert_same(undisturbed: list[Stream], disturbed: list[Stream]) -> None:
@@ -59,14 +67,14 @@ def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) 
     victims = VICTIMS if num_decode == 2 else {k: v for k, v in VICTIMS.items() if k != "redis"}
     with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", str(num_decode)) as cluster:
         undisturbed = asyncio.run(read_streams(cluster.url, _bodies()))
-        for name, pid_of in victims.items():
+        for name, (pid_of, after_s) in victims.items():
             print("killing", name)
-            pid = pid_of(cluster)
+            killed_s: list[float] = []
+            kill = partial(_kill_and_note, pid_of(cluster), killed_s)
 
-            disturbed = asyncio.run(
-                read_streams(cluster.url, _bodies(), meanwhile=lambda pid=pid: _kill(pid), after_s=1.0)
-            )
+            disturbed = asyncio.run(read_streams(cluster.url, _bodies(), meanwhile=kill, after_s=after_s))
 
+            assert min(stream.stamps_s[-1] for stream in disturbed) > killed_s[0], "a stream ended before the kill"
             _assert_same(undisturbed, disturbed)
             wait_until(lambda: cluster.get("/ready").status_code == 200, timeout_s=60, what=f"ready after {name}")
         wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
