@@ -188,6 +188,9 @@ class EngineCore:
 
     def _promote(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
+            if sequence.wants_prompt_scores:  # a recovered request that lacks this choice: its prompt is computed again
+                self._pool.free(sequence.block_table)
+                sequence.block_table, sequence.num_computed_tokens = [], 0
             self._start_unless_finished(sequence)
 
     def _start_unless_finished(self, sequence: Sequence) -> None:
@@ -384,6 +387,7 @@ class EngineCore:
             finish.stop_reason if finish else None,
             sequence.num_cached_tokens,
             sequence.epoch,
+            sequence.prompt_scores.whole() if sequence.prompt_scores is not None and index == 0 else None,
         )
 
     def _check(self, sequence: Sequence) -> Finish | None:

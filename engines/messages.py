@@ -23,7 +23,7 @@ import msgspec
 
 from engines.params import SamplingParams
 from kvstore.address import KVAddress
-from kvstore.state.entries import TokenLogprobs
+from kvstore.state.entries import PromptLogprobs, TokenLogprobs
 
 
 class Target(msgspec.Struct, frozen=True, array_like=True):
@@ -132,6 +132,7 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | None = None
     cached_tokens: int = 0
     epoch: int = 0
+    prompt_logprobs: PromptLogprobs | None = None  # with index 0, where they were asked for
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

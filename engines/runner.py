@@ -15,6 +15,8 @@ from engines.attention.torch_backend import TorchAttention
 from engines.errors import ForwardFailed, NonFiniteLogits
 from engines.kv_region import KVTensor
 from engines.models.llama import LlamaModel
+from engines.prompt_scores import PromptScores
+from engines.sampling.prompt_logprobs import score_tokens
 from engines.sampling.row import SamplingRow
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import ScheduledSequence, StepPlan
@@ -75,6 +77,7 @@ class ModelRunner:
             with torch.inference_mode():
                 hidden = self._forward(plan, on_layers, layer_group)
                 self._timer.split("forward")
+                self._score_prompts(plan, hidden)
                 sampled = self._sample(plan, hidden)
                 self._timer.split("sample")
                 return StepResult(plan.step_id, sampled)
@@ -122,6 +125,21 @@ class ModelRunner:
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
+        """Logprobs of the prompt tokens that follow the positions of this step, where a request wants them."""
+        lo = 0
+        for item in plan.scheduled:
+            sequence, rows = item.sequence, hidden[lo : lo + item.num_new_tokens]
+            lo += item.num_new_tokens
+            if not sequence.wants_prompt_scores:
+                continue
+            if item.start == 0:
+                sequence.prompt_scores = PromptScores(sequence.params.prompt_logprobs or 0)
+            assert sequence.prompt_scores is not None, f"{sequence.seq_id} begins at {item.start}"
+            targets = sequence.prompt_token_ids[item.start + 1 : item.start + 1 + item.num_new_tokens]
+            if not score_tokens(self._model.logits, rows, targets, sequence.prompt_scores):
+                raise NonFiniteLogits(request_ids=[sequence.rid])
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> list[SampledTokens]:
         ends = np.cumsum([item.num_new_tokens for item in plan.scheduled]) - 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engines.params import SamplingParams
+from engines.prompt_scores import PromptScores
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +22,7 @@ class Sequence:
         num_samples: choices sampled when the prompt ends (n of a fresh request; 1 once forked).
         block_table: KV block ids in token order.
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        prompt_scores: logprobs of the prompt so far, where the request wants them.
         epoch: of the ownership it is computed under; its tokens carry it.
     """
 
@@ -40,6 +42,12 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     epoch: int = 0
+    prompt_scores: PromptScores | None = None
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether its prompt has to be computed for its logprobs. With a first token they have been told."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids and self.num_samples > 0
 
     @property
     def seq_id(self) -> tuple[str, int]:

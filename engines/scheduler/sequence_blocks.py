@@ -23,7 +23,8 @@ class SequenceBlocks:
         """
         assert not sequence.block_table, f"{sequence.seq_id} already owns blocks"
         cached: list[int] = []
-        if self._prefix_cache is not None:
+        # Logits of cached positions are not computed, and prompt logprobs are made of them.
+        if self._prefix_cache is not None and not sequence.wants_prompt_scores:
             cached = self._prefix_cache.match(sequence.token_slice(0, sequence.num_tokens), salt=sequence.tenant)
         num_new = self._blocks_of(sequence.num_tokens) - len(cached)
         # Asked after the match: a cached block that got a reference is not free any more.

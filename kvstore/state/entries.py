@@ -21,14 +21,33 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of a prompt's tokens from the second on (the first follows nothing), as packed native arrays.
+
+    Attributes:
+        logprobs: float32 per token.     ranks: int32 per token, 1 is the likeliest.
+        top_ids, top_logprobs: int32 and float32, `num_top` per token, best first.
+    """
+
+    num_top: int
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
 class TokenEntry(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive tokens of one choice, from position `index` on."""
+    """Consecutive tokens of one choice, from position `index` on.
+
+    `prompt_logprobs` only comes with position 0, to whoever asked for them: what has the first token has them too.
+    """
 
     index: int
     prefix_hash: int  # over the ids before `index`
     token_ids: tuple[int, ...]
     texts: tuple[str, ...]  # one per token, "" where nothing is released yet
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def end(self) -> int:
@@ -43,6 +62,7 @@ class TokenEntry(msgspec.Struct, frozen=True, array_like=True):
             self.token_ids[k:],
             self.texts[k:],
             None if self.logprobs is None else self.logprobs[k:],
+            None if k else self.prompt_logprobs,
         )
 
 

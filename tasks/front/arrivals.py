@@ -13,6 +13,7 @@ from functools import partial
 from engines.messages import ArrivalLost, Arrived, Drop, Incoming, Promote, Stop
 from kvstore.state.records import Record
 from kvstore.state.replies import Final, Gone, HandedOff, Stale
+from kvstore.state.transitions import RequestState
 from tasks.front.context import FrontContext
 from tasks.front.ends import RequestEnds, end_job
 from tasks.front.ports import JobPort
@@ -20,6 +21,7 @@ from tasks.front.requests import LiveRequest, Phase, restore_choices, set_cursor
 
 UNKNOWN_KEPT_S = 2.0
 LOGPROBS_WAIT_S = 0.25
+PROMPT_LOGPROBS_WAIT_S = 2.0  # megabytes for a long prompt
 LOGPROBS_LOOK_S = 0.01
 
 
@@ -78,10 +80,11 @@ class Arrivals:
 
     def on_arrived(self, message: Arrived) -> None:
         self._expected[message.rid].add(message.xfer)
-        if message.params.logprobs is None:
+        if message.params.logprobs is None and message.params.prompt_logprobs is None:
             self._hand_off(message)
         else:
-            self._after_first_tokens(message, until_s=self._ctx.clock() + LOGPROBS_WAIT_S)
+            wait_s = LOGPROBS_WAIT_S if message.params.prompt_logprobs is None else PROMPT_LOGPROBS_WAIT_S
+            self._after_first_tokens(message, until_s=self._ctx.clock() + wait_s)
 
     def _after_first_tokens(self, message: Arrived, *, until_s: float) -> None:
         """The KV brings ids but no logprobs: let the prefill worker publish its tokens with theirs first."""
@@ -91,7 +94,11 @@ class Arrivals:
             is_there = record is not None and all(
                 n >= len(ids) for n, ids in zip(record.n, message.choices, strict=True)
             )
-            if is_there or ctx.clock() > until_s:
+            is_late = ctx.clock() > until_s
+            if is_late and not is_there and message.params.prompt_logprobs is not None:
+                # Nobody but the prefill worker has them: the request goes back and its prompt is computed again.
+                self._refuse(message, Stale(message.epoch, RequestState.PREFILLING))
+            elif is_there or is_late:
                 self._hand_off(message)
             else:
                 ctx.timers.after(LOGPROBS_LOOK_S, partial(self._after_first_tokens, message, until_s=until_s))

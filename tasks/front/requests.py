@@ -17,7 +17,7 @@ import msgspec
 from engines.messages import TokenOut
 from engines.params import SamplingParams
 from engines.tokenizer import TextStream, Tokenizer
-from kvstore.state.entries import FinEntry, TokenEntry, TokenLogprobs
+from kvstore.state.entries import FinEntry, PromptLogprobs, TokenEntry, TokenLogprobs
 from kvstore.state.hashing import roll
 from kvstore.state.records import AppendItem, RenewItem
 from kvstore.state.replies import HandedOff
@@ -59,6 +59,7 @@ class Choice:
         self.is_fin_published = False
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs | None] | None = [] if params.logprobs is not None else None
+        self._prompt_logprobs: PromptLogprobs | None = None
         self._hashes = [0]
         self._stream = TextStream(tokenizer, params)
 
@@ -77,6 +78,7 @@ class Choice:
         num_known = len(self.ids) - out.index
         if num_known < 0:
             raise ValueError(f"{out.rid}: choice {out.c} has {len(self.ids)} tokens, the engine goes on at {out.index}")
+        self._prompt_logprobs = self._prompt_logprobs or out.prompt_logprobs
         self._take(out.token_ids[num_known:], None if out.logprobs is None else out.logprobs[num_known:])
         if self.fin is not None:
             self.fin = msgspec.structs.replace(self.fin, cached_tokens=out.cached_tokens)
@@ -114,7 +116,12 @@ class Choice:
         known = [] if self._logprobs is None else [one for one in self._logprobs[start:end] if one is not None]
         logprobs = tuple(known) if len(known) == end - start else None
         return TokenEntry(
-            start, self._hashes[start], tuple(self.ids[start:end]), tuple(self._texts[start:end]), logprobs
+            start,
+            self._hashes[start],
+            tuple(self.ids[start:end]),
+            tuple(self._texts[start:end]),
+            logprobs,
+            self._prompt_logprobs if start == 0 else None,
         )
 
     def hash_at(self, position: int) -> int:

@@ -262,7 +262,7 @@ class Follower:
 def _head(entry: TokenEntry, end: int) -> TokenEntry:
     """The part of `entry` before position `end`."""
     k = max(0, end - entry.index)
-    return TokenEntry(entry.index, entry.prefix_hash, entry.token_ids[:k], entry.texts[:k], None)
+    return TokenEntry(entry.index, entry.prefix_hash, entry.token_ids[:k], entry.texts[:k], None, entry.prompt_logprobs)
 
 
 def _ids_of(entries: Sequence[TokenEntry]) -> list[int]:

@@ -75,7 +75,8 @@ class ChoiceCursor:
                 logprobs += part.logprobs or ()
         ids = tuple(self.ids[start:])
         whole = tuple(logprobs) if len(logprobs) == len(ids) else None
-        return TokenEntry(start, self.hashes[start], ids, tuple(texts), whole)
+        prompt = self.taken[0].prompt_logprobs if start == 0 and self.taken else None
+        return TokenEntry(start, self.hashes[start], ids, tuple(texts), whole, prompt)
 
 
 @dataclass(frozen=True)
