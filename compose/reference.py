@@ -1,13 +1,14 @@
-"""Reference pages made out of the program: docs/configuration.md and docs/cli.md. `make docs` writes them."""
+"""Reference pages made out of the program: settings, commands, states, metrics. `make docs` writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from compose.cli import cli
+from compose.reference_states import metrics_page, states_page
 from configs.fields import all_fields, section_doc
 from configs.unread import UNREAD
 from configs.values import expectation, format_value
@@ -65,7 +66,16 @@ def _walk(command: click.Command, name: str) -> Iterator[tuple[str, click.Comman
             yield from _walk(command.commands[child], f"{name} {child}")
 
 
-PAGES = {"docs/configuration.md": configuration_page, "docs/cli.md": cli_page}
+def _made(source: str) -> str:
+    return MADE.format(source=source)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/configuration.md": configuration_page,
+    "docs/cli.md": cli_page,
+    "docs/states.md": lambda: states_page(_made),
+    "docs/metrics.md": lambda: metrics_page(_made),
+}
 
 
 def main() -> None:
