@@ -7,13 +7,14 @@ does not care who drives it, a thread or an event loop, and holds no socket.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from kvstore.state.entries import FinEntry
 from webapp.openai.call import CallNotes, Prompt
 from webapp.openai.logprobs import chat_logprobs, completion_logprobs
 from webapp.openai.pieces import Piece, PieceToken
+from webapp.openai.prompt_logprobs import echoed_logprobs, known, prompt_logprobs
 from webapp.openai.served_model import ServedModel
 from webapp.openai.usage import Usage
 
@@ -73,8 +74,17 @@ class _Head:
     def prompt_of(self, index: int) -> Prompt:
         return self.prompts[(index - self.first_index) // self.choices_per_prompt]
 
+    def prompt_scores(self, index: int, piece: Piece) -> list[Json | None] | None:
+        """`prompt_logprobs` of a whole answer; None where they were not asked for. `piece`: the choice's first."""
+        asked = self.notes.prompt_logprobs
+        if asked is None:
+            return None
+        tokenizer = self.model.tokenizer
+        num_top = tokenizer.vocab_size if asked == -1 else asked
+        return prompt_logprobs(known(piece.prompt_logprobs, self.id), self.prompt_of(index), tokenizer, num_top)
+
     def count(self, index: int, piece: Piece) -> None:
-        self.usage.completion[index] = piece.num_tokens
+        self.usage.completion[index] = 0 if self.notes.only_prompt else piece.num_tokens
         if piece.fin is not None:
             prompt = (index - self.first_index) // self.choices_per_prompt
             self.usage.cached[prompt] = max(piece.fin.cached_tokens, self.usage.cached.get(prompt, 0))
@@ -110,7 +120,9 @@ class ChatWriter:
             for piece in pieces:
                 self._head.count(index, piece)
         out = [self._choice(index, pieces) for index, pieces in enumerate(choices)]
-        return self._head.head("chat.completion") | {"choices": out, "usage": self.usage.body()}
+        answer = self._head.head("chat.completion") | {"choices": out, "usage": self.usage.body()}
+        scores = self._head.prompt_scores(0, choices[0][0])
+        return answer if scores is None else answer | {"prompt_logprobs": scores}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         tokens = [t for p in pieces for t in p.tokens]
@@ -143,15 +155,17 @@ class CompletionWriter:
         if is_first:
             self._offsets[index] = len(echo)
             if echo:
-                choice = _text_choice(index, echo, None)
+                choice = _text_choice(index, echo, self._echo_logprobs(index, piece))
                 out.append(self._chunk(self._head.with_ids(choice, (), index, is_first=True)))
                 is_first = False
+        if self._head.notes.only_prompt:
+            piece = replace(piece, text="", tokens=())
         if piece.text:
             choice = _text_choice(index, piece.text, self._logprobs(index, piece))
             out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=is_first)))
             is_first = False
         if piece.fin is not None:
-            choice = _text_choice(index, "", None) | _ending(piece.fin)
+            choice = _text_choice(index, "", None) | self._ending(piece.fin)
             out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=is_first)))
         return out
 
@@ -166,14 +180,31 @@ class CompletionWriter:
         return self._head.head("text_completion") | {"choices": out, "usage": self.usage.body()}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        first, fin = pieces[0], pieces[-1].fin
+        told = [] if self._head.notes.only_prompt else pieces
         echo = self._head.prompt_of(index).echo
         top = self._head.notes.top_logprobs
-        shown = [t for p in pieces if p.text for t in p.tokens]
+        shown = [t for p in told if p.text for t in p.tokens]
         logprobs = completion_logprobs(shown, top, self._head.model.tokenizer, offset=len(echo))
-        choice = _text_choice(index, echo + "".join(p.text for p in pieces), logprobs)
-        fin = pieces[-1].fin
-        tokens = [t for p in pieces for t in p.tokens]
-        return self._head.with_ids(choice | (_ending(fin) if fin else {}), tokens, index, is_first=True)
+        echoed = self._echo_logprobs(index, first)
+        if echoed is not None and logprobs is not None:
+            logprobs = {name: echoed[name] + logprobs[name] for name in logprobs}
+        choice = _text_choice(index, echo + "".join(p.text for p in told), logprobs)
+        scores = self._head.prompt_scores(index, first)
+        if scores is not None:
+            choice["prompt_logprobs"] = scores
+        tokens = [t for p in told for t in p.tokens]
+        return self._head.with_ids(choice | (self._ending(fin) if fin else {}), tokens, index, is_first=True)
+
+    def _echo_logprobs(self, index: int, piece: Piece) -> Json | None:
+        notes = self._head.notes
+        if not notes.echo_logprobs:
+            return None
+        scores = known(piece.prompt_logprobs, self._head.id)
+        return echoed_logprobs(scores, self._head.prompt_of(index), self._head.model.tokenizer, notes.top_logprobs or 0)
+
+    def _ending(self, fin: FinEntry) -> Json:
+        return _ending(FinEntry(fin.state, "length") if self._head.notes.only_prompt else fin)
 
     def _logprobs(self, index: int, piece: Piece) -> Json | None:
         offset = self._offsets.get(index, 0)

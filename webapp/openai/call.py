@@ -19,7 +19,10 @@ class CallNotes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         api: "chat" or "completion".
         num_prompts: prompts of the call; this record is that of `prompt_index`.
         echo: text in front of each choice.
+        echo_logprobs: the echoed text comes with its logprobs.
         top_logprobs: alternatives to tell per token; None: no logprobs at all.
+        prompt_logprobs: alternatives to tell per prompt token, -1 is all; None: none were asked for.
+        only_prompt: `max_tokens` was 0; the one token that had to be computed is not told.
     """
 
     api: str
@@ -27,7 +30,10 @@ class CallNotes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_index: int = 0
     num_prompts: int = 1
     echo: str = ""
+    echo_logprobs: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    only_prompt: bool = False
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage_stats: bool = False

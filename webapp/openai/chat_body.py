@@ -12,7 +12,9 @@ from webapp.openai.call import Call, CallNotes, Prompt
 from webapp.openai.completion_body import check_bytes
 from webapp.openai.fields import Boolean, Integer, wrong_type
 from webapp.openai.messages import check_messages
-from webapp.openai.sampling import check_stream_options, sampling_params, shared_fields
+from webapp.openai.prompt_limits import bad_word_ids, truncated
+from webapp.openai.prompt_logprobs import check_size, num_to_compute
+from webapp.openai.sampling import check_prompt_logprobs, check_stream_options, sampling_params, shared_fields
 from webapp.openai.served_model import ServedModel
 from webapp.openai.surface import NEUTRAL, NEUTRAL_CHAT, Checked, Surface
 
@@ -55,17 +57,30 @@ def parse_chat(body: Mapping[str, Any], model: ServedModel, *, unknown_fields: s
     if "top_logprobs" in checked.values and not checked.get("logprobs", False):
         raise InvalidRequest("conflict_fields", "top_logprobs needs logprobs: true", param="top_logprobs")
     options = check_stream_options(checked)
+    check_prompt_logprobs(checked)
     started_s = time.monotonic()
     ids = render_chat(checked, model)
     asked = checked.values.get("max_completion_tokens", checked.values.get("max_tokens"))
     name = "max_completion_tokens" if "max_completion_tokens" in checked.values else "max_tokens"
+    ids = truncated(ids, checked, max_tokens=asked, max_model_len=model.max_model_len)
     max_tokens = model.check_length(len(ids), asked, param=name)
     logprobs = checked.get("top_logprobs", 0) if checked.get("logprobs", False) else None
-    params = sampling_params(checked, max_tokens=max_tokens, logprobs=logprobs, vocab_size=model.tokenizer.vocab_size)
+    vocab_size = model.tokenizer.vocab_size
+    num_top = num_to_compute(checked.values.get("prompt_logprobs"), None, vocab_size=vocab_size)
+    check_size(num_top, [ids], checked.get("n", 1))
+    params = sampling_params(
+        checked,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        vocab_size=vocab_size,
+        prompt_logprobs=num_top,
+        bad_word_ids=bad_word_ids(checked.get("bad_words", []), model.tokenizer),
+    )
     notes = CallNotes(
         api="chat",
         created=int(time.time()),
         top_logprobs=logprobs,
+        prompt_logprobs=checked.values.get("prompt_logprobs"),
         return_token_ids=checked.get("return_token_ids", False),
         include_usage=options["include_usage"],
         continuous_usage_stats=options["continuous_usage_stats"],

@@ -9,7 +9,15 @@ from typing import Any, Final
 from webapp.errors import InvalidRequest
 from webapp.openai.call import Call, CallNotes, Prompt
 from webapp.openai.fields import Boolean, Integer, Text, out_of_range, wrong_type
-from webapp.openai.sampling import check_num_sequences, check_stream_options, sampling_params, shared_fields
+from webapp.openai.prompt_limits import bad_word_ids, truncated
+from webapp.openai.prompt_logprobs import check_size, num_to_compute
+from webapp.openai.sampling import (
+    check_num_sequences,
+    check_prompt_logprobs,
+    check_stream_options,
+    sampling_params,
+    shared_fields,
+)
 from webapp.openai.served_model import ServedModel
 from webapp.openai.surface import NEUTRAL, NEUTRAL_COMPLETION, Surface
 
@@ -46,25 +54,40 @@ def parse_completion(body: Mapping[str, Any], model: ServedModel, *, unknown_fie
     max_tokens = checked.get("max_tokens", DEFAULT_MAX_TOKENS)
     if max_tokens < 1 and not echo:
         raise out_of_range("max_tokens", "at least 1 (0 only with echo)", max_tokens)
-    if echo and logprobs is not None:
-        message = "echo together with logprobs needs logprobs of the prompt, which are not built; drop one of them"
-        raise InvalidRequest("unsupported", message, param="echo")
     options = check_stream_options(checked)
+    check_prompt_logprobs(checked)
 
     started_s = time.monotonic()
     prompts = [_tokenized(p, path, checked.get("add_special_tokens", True), model) for p, path in _prompts(body)]
     check_num_sequences(len(prompts), checked.get("n", 1), limit=MAX_CHOICES)
-    for prompt in prompts:
-        model.check_length(len(prompt.token_ids), max_tokens or None, param="max_tokens")
+    for i, prompt in enumerate(prompts):
+        ids = truncated(prompt.token_ids, checked, max_tokens=max_tokens, max_model_len=model.max_model_len)
+        if len(ids) != len(prompt.token_ids):
+            prompts[i] = Prompt(token_ids=ids)
+        model.check_length(len(ids), max_tokens or None, param="max_tokens")
     if echo:
         decode = model.tokenizer.decode
         prompts = [Prompt(token_ids=p.token_ids, echo=p.text or decode(p.token_ids, False)) for p in prompts]
-    params = sampling_params(checked, max_tokens=max_tokens, logprobs=logprobs, vocab_size=vocab_size)
+    asked = checked.values.get("prompt_logprobs")
+    num_top = num_to_compute(asked, logprobs if echo else None, vocab_size=vocab_size)
+    check_size(num_top, [prompt.token_ids for prompt in prompts], checked.get("n", 1))
+    only_prompt = max_tokens == 0 and num_top is not None
+    params = sampling_params(
+        checked,
+        max_tokens=1 if only_prompt else max_tokens,
+        logprobs=logprobs,
+        vocab_size=vocab_size,
+        prompt_logprobs=num_top,
+        bad_word_ids=bad_word_ids(checked.get("bad_words", []), model.tokenizer),
+    )
     notes = CallNotes(
         api="completion",
         created=int(time.time()),
         num_prompts=len(prompts),
+        echo_logprobs=echo and logprobs is not None,
         top_logprobs=logprobs,
+        prompt_logprobs=asked,
+        only_prompt=only_prompt,
         return_token_ids=checked.get("return_token_ids", False),
         include_usage=options["include_usage"],
         continuous_usage_stats=options["continuous_usage_stats"],

@@ -6,9 +6,9 @@ logprobs wait until there is text for them. What released no text by the end bel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvstore.state.entries import FinEntry, TokenEntry, TokenLogprobs
+from kvstore.state.entries import FinEntry, PromptLogprobs, TokenEntry, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Piece:
 
     Attributes:
         num_tokens: output tokens of the choice up to and with this piece.
+        prompt_logprobs: only with the first piece, where they were asked for.
     """
 
     c: int
@@ -34,6 +35,7 @@ class Piece:
     num_tokens: int
     fin: FinEntry | None = None
     is_first: bool = False
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass
@@ -44,9 +46,11 @@ class PieceMaker:
     num_tokens: int = 0
     is_started: bool = False
     _waiting: list[PieceToken] = field(default_factory=list)
+    _prompt_logprobs: PromptLogprobs | None = None
 
     def tokens(self, entry: TokenEntry) -> list[Piece]:
         """Pieces that `entry`, which follows what came before, releases: one or none."""
+        self._prompt_logprobs = self._prompt_logprobs or entry.prompt_logprobs
         logprobs = entry.logprobs or (None,) * len(entry.token_ids)
         new = [PieceToken(*t) for t in zip(entry.token_ids, entry.texts, logprobs, strict=True)]
         self._waiting += new
@@ -66,12 +70,16 @@ class PieceMaker:
             pieces.append(self._piece(fin.text, waiting))
         waiting, self._waiting = self._waiting, []
         self.num_tokens += len(waiting)
-        pieces.append(Piece(self.c, "", tuple(waiting), self.num_tokens, fin, not self.is_started))
-        self.is_started = True
+        pieces.append(self._started(Piece(self.c, "", tuple(waiting), self.num_tokens, fin)))
         return pieces
 
     def _piece(self, text: str, tokens: list[PieceToken]) -> Piece:
         self.num_tokens += len(tokens)
-        piece = Piece(self.c, text, tuple(tokens), self.num_tokens, None, not self.is_started)
+        return self._started(Piece(self.c, text, tuple(tokens), self.num_tokens))
+
+    def _started(self, piece: Piece) -> Piece:
+        """The first piece says so, and brings what comes once per choice."""
+        if self.is_started:
+            return piece
         self.is_started = True
-        return piece
+        return replace(piece, is_first=True, prompt_logprobs=self._prompt_logprobs)

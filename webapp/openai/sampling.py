@@ -14,13 +14,16 @@ from webapp.openai.fields import (
     LogitBias,
     Metadata,
     Number,
+    OneOf,
     Stop,
     out_of_range,
     wrong_type,
 )
+from webapp.openai.prompt_limits import check_allowed, check_bad_words, check_something_is_left
 from webapp.openai.surface import Checked
 
 MAX_N: Final = 128
+MAX_PROMPT_LOGPROBS: Final = 20
 _INT64: Final = 2**63
 
 
@@ -49,15 +52,30 @@ def shared_fields(vocab_size: int) -> dict[str, Checker]:
         "metadata": Metadata(),
         "priority": Integer(-_INT64, _INT64 - 1),
         "return_token_ids": Boolean(),
+        "allowed_token_ids": check_allowed(vocab_size),
+        "bad_words": check_bad_words,
+        "truncate_prompt_tokens": Integer(-1, _INT64 - 1, "-1, or at least 1"),
+        "truncation_side": OneOf(("left", "right")),
+        "prompt_logprobs": Integer(-1, MAX_PROMPT_LOGPROBS, f"-1 (the whole vocabulary), or 0..{MAX_PROMPT_LOGPROBS}"),
     }
 
 
-def sampling_params(checked: Checked, *, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
+def sampling_params(
+    checked: Checked,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    vocab_size: int,
+    prompt_logprobs: int | None = None,
+    bad_word_ids: tuple[tuple[int, ...], ...] = (),
+) -> SamplingParams:
     """The parameters of one request.
 
     Raises:
         InvalidRequest: `conflict_fields` where two fields contradict each other.
     """
+    allowed = checked.get("allowed_token_ids", [])
+    check_something_is_left(allowed, bad_word_ids)
     min_tokens = checked.get("min_tokens", 0)
     if min_tokens > max_tokens:
         message = f"min_tokens ({min_tokens}) must not be above max_tokens ({max_tokens})"
@@ -82,6 +100,9 @@ def sampling_params(checked: Checked, *, max_tokens: int, logprobs: int | None, 
         include_stop_str_in_output=checked.get("include_stop_str_in_output", False),
         skip_special_tokens=checked.get("skip_special_tokens", True),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        allowed_token_ids=tuple(dict.fromkeys(allowed)),
+        bad_word_ids=bad_word_ids,
     )
 
 
@@ -95,6 +116,17 @@ def check_stream_options(checked: Checked) -> dict[str, bool]:
         raise InvalidRequest("conflict_fields", "stream_options needs stream: true", param="stream_options")
     options: dict[str, bool] = checked.get("stream_options", {})
     return {"include_usage": False, "continuous_usage_stats": False, "include_event_ids": False, **options}
+
+
+def check_prompt_logprobs(checked: Checked) -> None:
+    """A stream has no place for them (the echo of a prompt has: `echo` with `logprobs`).
+
+    Raises:
+        InvalidRequest: `prompt_logprobs` with `stream: true`.
+    """
+    if "prompt_logprobs" in checked.values and checked.get("stream", False):
+        message = "prompt_logprobs needs stream: false; in a stream, echo with logprobs tells those of the prompt"
+        raise InvalidRequest("conflict_fields", message, param="prompt_logprobs")
 
 
 def _stream_options(value: Any, path: str) -> dict[str, bool]:
