@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import xxhash
@@ -23,6 +24,8 @@ from engines.scheduler import DecodeScheduler, PrefillScheduler
 from engines.scheduler.plan import StepPlan
 from engines.step_log import StepLog
 from engines.step_timer import OFF, StepProfile, StepTimer, TimedScheduler, timed_send
+from engines.structured.compiler import GrammarCompiler
+from engines.structured.grammar import Vocabulary
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
@@ -100,6 +103,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         pool=pool,
         node=node,
         finish_rule=FinishRule(frozenset(model_config.eos_token_ids), max_model_len),
+        grammars=GrammarCompiler(_vocabulary(folder, model_config), now_s),
         send=send,
         clock=now_s,
         block_size=settings.kv.block_size,
@@ -122,6 +126,10 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         torch.get_num_threads(),
         timer,
     )
+
+
+def _vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
+    return Vocabulary(folder / "tokenizer.json", config.vocab_size, tuple(config.eos_token_ids))
 
 
 def _on_step(step_log: StepLog | None, profile: StepProfile | None) -> Callable[[StepPlan, float], None] | None:

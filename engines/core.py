@@ -27,6 +27,7 @@ from kvstore.state.entries import TokenLogprobs
 
 if TYPE_CHECKING:
     from engines.runner import ModelRunner, SampledTokens
+    from engines.structured.compiler import GrammarCompiler
     from kvstore.blocks import BlockPool
     from kvstore.clock import Clock
 
@@ -70,6 +71,7 @@ class EngineCore:
         pool: BlockPool,
         node: kv.KVNode,
         finish_rule: FinishRule,
+        grammars: GrammarCompiler,
         send: Callable[[EngineMessage], None],
         clock: Clock,
         block_size: int,
@@ -86,6 +88,7 @@ class EngineCore:
         self._pool = pool
         self._kv = node
         self._finish = finish_rule
+        self._grammars = grammars
         self._send = send
         self._clock = clock
         self._block_size = block_size
@@ -124,6 +127,7 @@ class EngineCore:
     def handle(self, message: FrontMessage) -> None:
         match message:
             case messages.Add():
+                self._grammars.ask(message.params.constraint)
                 self._add(message)
             case messages.Promote(rid, xfer, epoch):
                 self._promote(self._reader.promote(rid, xfer, epoch))
@@ -252,6 +256,7 @@ class EngineCore:
         """
         now = self._clock()
         self._writer.seek()
+        self._settle_grammars()
         self._report_stats(now)
         if self._is_suspended(now):
             return False
@@ -296,6 +301,9 @@ class EngineCore:
         for item in sampled:
             sequence = item.sequence
             if sequence.seq_id not in self._live:
+                continue
+            if sequence.grammar is not None and sequence.grammar.failure:
+                self._fail_request(sequence.rid, "constraint_failed", sequence.grammar.failure)
                 continue
             if self._writer.knows(sequence.rid):
                 computed.append((sequence, *self._first_tokens(item, outs)))
@@ -396,7 +404,17 @@ class EngineCore:
     # ---------------------------------------------------------------- sequences come and go
     def _start(self, sequence: Sequence) -> None:
         self._live[sequence.seq_id] = sequence
-        self._scheduler.add(sequence)
+        if self._grammars.is_ready(sequence):
+            self._scheduler.add(sequence)
+        else:
+            self._grammars.park(sequence)
+
+    def _settle_grammars(self) -> None:
+        for due in self._grammars.due():
+            if due.failure:
+                self._fail_request(due.sequence.rid, due.code, due.failure)
+            elif due.sequence.seq_id in self._live:
+                self._scheduler.add(due.sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """The sequence ended here: out of the scheduler, blocks back."""
@@ -406,6 +424,7 @@ class EngineCore:
 
     def _stop_sequence(self, sequence: Sequence) -> None:
         self._live.pop(sequence.seq_id, None)
+        self._grammars.forget(sequence.seq_id)
         self._scheduler.remove(sequence.seq_id)
 
     def _preempt(self, rid: str) -> None:
@@ -415,8 +434,11 @@ class EngineCore:
 
     def _fail(self, plan: StepPlan, error: EngineError) -> None:
         for rid in {item.sequence.rid for item in plan.scheduled}:
-            self._drop(rid, "")
-            self._send(messages.Failed(rid, "internal_error", str(error), error.retryable))
+            self._fail_request(rid, "internal_error", str(error), is_retryable=error.retryable)
+
+    def _fail_request(self, rid: str, code: str, message: str, *, is_retryable: bool = False) -> None:
+        self._drop(rid, "")
+        self._send(messages.Failed(rid, code, message, is_retryable))
 
     # ---------------------------------------------------------------- time and figures
     def _is_suspended(self, now: float) -> bool:
@@ -428,7 +450,8 @@ class EngineCore:
     def next_wakeup_s(self) -> float:
         """Clock time at which `step` may have something to do without any message."""
         now = self._clock()
-        times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), self._writer.next_wakeup_s()]
+        parts = (self._writer.next_wakeup_s(), self._grammars.next_wakeup_s())
+        times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *parts]
         return min(time for time in times if time is not None)
 
     def _measure(self, plan: StepPlan, started_s: float) -> None:

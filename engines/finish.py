@@ -27,6 +27,8 @@ class FinishRule:
         if not output_ids:
             return None
         last = output_ids[-1]
+        if params.constraint is not None and last in self.eos_token_ids:
+            return Finish("stop")  # it could only be chosen because the constraint was met, and nothing can follow
         if len(output_ids) > params.min_tokens:
             if last in params.stop_token_ids:
                 return Finish("stop", last)

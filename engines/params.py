@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from engines.structured.constraint import Constraint
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens, and when to stop.
@@ -19,6 +21,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         prompt_logprobs: the same for every prompt token but the first, counted once per choice.
         allowed_token_ids: only these may be chosen; empty allows all.
         bad_word_ids: sequences of ids that the output must not contain.
+        constraint: what the output must match; its end ends the choice, whatever `min_tokens` and `ignore_eos` say.
     """
 
     n: int = 1
@@ -41,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     allowed_token_ids: tuple[int, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    constraint: Constraint | None = None
 
     @property
     def is_greedy(self) -> bool:

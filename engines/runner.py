@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.attention.backend import AttentionMetadata, AttentionRow
-from engines.attention.torch_backend import TorchAttention
+from engines.attention.choose import choose_attention
 from engines.errors import ForwardFailed, NonFiniteLogits
 from engines.kv_region import KVTensor
 from engines.models.llama import LlamaModel
@@ -57,7 +57,7 @@ class ModelRunner:
         self._model = model
         self._region = region
         self._device = device
-        self._attention = TorchAttention(region.kv)
+        self._attention = choose_attention(region.kv, model.config.num_heads, model.kernels)
         self._sampler = Sampler(model.config.eos_token_ids)
         self._timer = timer
 
@@ -175,4 +175,6 @@ def _new_ids(item: ScheduledSequence) -> np.ndarray:
 
 
 def _row(sequence: Sequence, choice: int) -> SamplingRow:
-    return SamplingRow(sequence.params, sequence.seed, choice, sequence.prompt_token_ids, sequence.output_token_ids)
+    return SamplingRow(
+        sequence.params, sequence.seed, choice, sequence.prompt_token_ids, sequence.output_token_ids, sequence.grammar
+    )

@@ -9,8 +9,12 @@ Tokens before `num_computed_tokens` have KV in `block_table`. A step computes th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engines.params import SamplingParams
+
+if TYPE_CHECKING:
+    from engines.structured.state import GrammarState
 from engines.prompt_scores import PromptScores
 
 
@@ -22,6 +26,7 @@ class Sequence:
         num_samples: choices sampled when the prompt ends (n of a fresh request; 1 once forked).
         block_table: KV block ids in token order.
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        grammar: where its output stands in its constraint; before it is scheduled if it has one, else None.
         prompt_scores: logprobs of the prompt so far, where the request wants them.
         epoch: of the ownership it is computed under; its tokens carry it.
     """
@@ -41,6 +46,7 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    grammar: GrammarState | None = None
     epoch: int = 0
     prompt_scores: PromptScores | None = None
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engines.params import SamplingParams
+
+if TYPE_CHECKING:
+    from engines.structured.state import GrammarState
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,7 @@ class SamplingRow:
     choice: int
     prompt_ids: list[int]
     output_ids: list[int]
+    grammar: GrammarState | None = None
 
     @property
     def index(self) -> int:

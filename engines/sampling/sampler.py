@@ -4,7 +4,8 @@ Order of operations, per row:
     1. logprobs of the model's own distribution: before everything else
     2. logit_bias      3. repetition, then frequency and presence penalty
     4. masks: all but allowed_token_ids, bad words, end tokens before min_tokens
-    5. temperature 0: the largest logit, lowest id on ties. Else temperature, top_k, top_p, min_p, random choice
+    5. the mask of the row's grammar, last: where nothing is left that it allows, an end token or an end by name
+    6. temperature 0: the largest logit, lowest id on ties. Else temperature, top_k, top_p, min_p, random choice
 A step whose rows are all greedy and unchanged is one argmax.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from engines.sampling.adjust import adjust_logits
 from engines.sampling.choose import Filters, choose
+from engines.sampling.constrain import Constrainer
 from engines.sampling.randomness import uniforms
 from engines.sampling.row import SamplingRow
 from kvstore.state.entries import TokenLogprobs
@@ -25,6 +27,7 @@ class Sampler:
 
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos_token_ids = eos_token_ids
+        self._constrainer = Constrainer(eos_token_ids)
 
     def sample(self, logits: Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
         """One token id per row, and its logprobs where the row asks for them.
@@ -39,12 +42,24 @@ class Sampler:
             adjust_logits(part, [rows[i] for i in changed], self._eos_token_ids)
             adjusted = logits.clone()
             adjusted[changed] = part
+        constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
+        forced: dict[int, int] = {}
+        if constrained:
+            part = adjusted[constrained]
+            forced_in_part = self._constrainer.constrain(part, [rows[i] for i in constrained])
+            adjusted = logits.clone() if adjusted is logits else adjusted
+            adjusted[constrained] = part
+            forced = {constrained[k]: token_id for k, token_id in forced_in_part.items()}
         token_ids: list[int] = adjusted.argmax(-1).tolist()  # argmax gives the first of several maxima
-        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced]
         if drawn:
             chosen = choose(adjusted[drawn], _filters([rows[i] for i in drawn])).tolist()
             for i, token_id in zip(drawn, chosen, strict=True):
-                token_ids[i] = token_id
+                # Rounding at the very end of the cumulative sum may fall on what a mask forbids.
+                if rows[i].grammar is None or adjusted[i, token_id] > float("-inf"):
+                    token_ids[i] = token_id
+        for i, token_id in forced.items():
+            token_ids[i] = token_id
         return token_ids, _logprobs(logits, rows, token_ids)
 
 

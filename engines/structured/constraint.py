@@ -1,0 +1,31 @@
+"""The constraint of a request, as it travels inside `SamplingParams`: through the record, the engines, a hand-off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+
+class Constraint(msgspec.Struct, frozen=True, array_like=True):
+    """What the output of a choice must match from its first to its last token.
+
+    Attributes:
+        kind: `json` (a JSON Schema), `regex` (Rust syntax, the whole text) or `lark` (llguidance's dialect of Lark).
+        text: the schema as JSON, the pattern, or the grammar.
+    """
+
+    kind: Literal["json", "regex", "lark"]
+    text: str
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """Lark grammar of exactly these texts."""
+    return "start: " + " | ".join(lark_literal(choice) for choice in choices)
+
+
+def lark_literal(text: str) -> str:
+    """`text` as a terminal of a Lark grammar. JSON's escapes are Lark's, too."""
+    return json.dumps(text)
