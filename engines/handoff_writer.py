@@ -135,7 +135,7 @@ class HandoffWriter:
     def seek(self) -> None:
         """Send reservations for the oldest requests without a grant."""
         now = self._clock()
-        in_flight = sum(out.phase is PushPhase.RESERVING for out in self._by_rid.values())
+        in_flight = self._num_reserving()
         for out in list(self._by_rid.values()):
             if out.phase is not PushPhase.SEEKING:
                 continue
@@ -152,10 +152,17 @@ class HandoffWriter:
             self._reserve(out, targets[out.next_target % len(targets)])
 
     def next_wakeup_s(self) -> float | None:
-        """When `seek` has something to do again, or None."""
-        if not any(out.phase is PushPhase.SEEKING for out in self._by_rid.values()):
+        """When `seek` has something to do that no event brings, or None."""
+        seeking = [out for out in self._by_rid.values() if out.phase is PushPhase.SEEKING]
+        if not seeking:
             return None
-        return max(self._retry_at_s, self._clock() + 0.001)
+        patience_s = min(out.since_s for out in seeking) + PATIENCE_S
+        if self._num_reserving() >= MAX_RESERVES_IN_FLIGHT:
+            return patience_s  # the answers to those are events
+        return min(max(self._retry_at_s, self._clock()), patience_s)
+
+    def _num_reserving(self) -> int:
+        return sum(out.phase is PushPhase.RESERVING for out in self._by_rid.values())
 
     def _reserve(self, out: Outgoing, target: Target) -> None:
         self._counter += 1
