@@ -5,6 +5,7 @@ The writer here keeps the writer's rules of the protocol; the real table of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -28,7 +29,7 @@ from kvstore.blocks import (
     Verify,
 )
 
-NUM_BLOCKS = 6
+NUM_BLOCKS = 16
 
 
 @dataclass
@@ -73,19 +74,16 @@ class Grants(RuleBasedStateMachine):
                 case BlocksReleased(xfer, blocks):
                     assert xfer not in self.released, "released twice"
                     self.released.add(xfer)
-                    self.delivered = [other for other in self.delivered if other != xfer]
+                    assert xfer not in self.delivered, f"{xfer} is freed under the engine that was told it arrived"
                     self.pool.free(blocks)
                 case SendGrant() | SendRefused() | SendHanded() | SendFence():
                     if self.writers[action.peer].is_alive:
                         self.writers[action.peer].from_receiver.append(action)
 
-    @rule()
     def connect(self) -> None:
         self.counter += 1
         self.writers[self.counter] = Writer(self.counter)
 
-    @precondition(lambda self: self.asked)
-    @rule(wants=st.booleans())
     def engine_answers(self, wants: bool) -> None:
         xfer = self.asked.pop(0)
         try:
@@ -96,65 +94,34 @@ class Grants(RuleBasedStateMachine):
             self.blocks_of[xfer] = blocks
         self.perform(self.table.answer(xfer, blocks, self.now))
 
-    @precondition(lambda self: self.verifying)
-    @rule(is_good=st.booleans())
     def verified(self, is_good: bool) -> None:
         self.perform(self.table.verdict(self.verifying.pop(0), is_good=is_good, reason="checksum"))
 
-    @precondition(lambda self: self.delivered)
-    @rule(handed=st.booleans())
     def settle(self, handed: bool) -> None:
         xfer = self.delivered.pop(0)
         if handed:
             self.sequences.append(self.blocks_of[xfer])
         self.perform(self.table.settle(xfer, is_handed=handed, now_s=self.now))
 
-    @precondition(lambda self: self.sequences)
-    @rule()
     def sequence_ends(self) -> None:
         self.pool.free(self.sequences.pop(0))
 
-    @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         leased = [x for x in self.blocks_of if (g := self.table.find(x)) and g.state is GrantState.LEASED]
         if leased:
             self.perform(self.table.settle(data.draw(st.sampled_from(leased)), is_handed=False, now_s=self.now))
 
-    @rule(seconds=st.sampled_from([0.1, 0.6, 2.0, 6.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.perform(self.table.tick(self.now))
 
     # ------------------------------------------------------------ the writer
-    def pick(self, data: st.DataObject) -> Writer:
-        return self.writers[data.draw(st.sampled_from(sorted(self.writers)))]
+    def living(self) -> list[Writer]:
+        """Few at a time, so that a storm gets far with each."""
+        return [writer for writer in self.writers.values() if writer.is_alive]
 
-    @rule(data=st.data(), num_blocks=st.integers(1, 4))
-    def reserve(self, data: st.DataObject, num_blocks: int) -> None:
-        writer = self.pick(data)
-        if writer.is_alive:
-            self.counter += 1
-            xfer = f"w{writer.peer}:{self.counter}"
-            writer.open[xfer] = None
-            writer.to_receiver.append((f"RESERVE{num_blocks}", xfer, ""))
-
-    @rule(data=st.data())
-    def writer_writes(self, data: st.DataObject) -> None:
-        """The check that all of this is for: a page that a writer may write still belongs to its grant."""
-        writer = self.pick(data)
-        for xfer, grant in writer.open.items():
-            if writer.is_alive and grant is not None and xfer not in writer.committed:
-                held = self.table.find(xfer)
-                assert held is not None, f"{xfer} writes after free"
-                assert held.grant_id == grant.grant_id
-                assert held.blocks == grant.blocks
-                assert all(self.pool.ref_count(block) == 1 for block in grant.blocks)
-
-    @rule(data=st.data(), kind=st.sampled_from(["COMMIT", "COMMIT", "ABORT"]))
     def writer_ends(self, data: st.DataObject, kind: str) -> None:
-        writer = self.pick(data)
-        if not writer.is_alive or not writer.open:
-            return
+        writer = data.draw(st.sampled_from([writer for writer in self.living() if writer.open]))
         xfer = data.draw(st.sampled_from(sorted(writer.open)))
         grant = writer.open[xfer]
         if kind == "COMMIT" and grant is not None:
@@ -164,11 +131,8 @@ class Grants(RuleBasedStateMachine):
             del writer.open[xfer]
             writer.to_receiver.append(("ABORT", xfer, grant.grant_id if grant else ""))
 
-    @rule(data=st.data())
     def writer_reads(self, data: st.DataObject) -> None:
-        writer = self.pick(data)
-        if not writer.is_alive or not writer.from_receiver:
-            return
+        writer = data.draw(st.sampled_from([writer for writer in self.living() if writer.from_receiver]))
         match writer.from_receiver.pop(0):
             case SendGrant() as grant:
                 if grant.xfer in writer.open:
@@ -181,11 +145,8 @@ class Grants(RuleBasedStateMachine):
             case SendRefused(_, xfer, _) | SendHanded(_, xfer):
                 writer.open.pop(xfer, None)
 
-    @rule(data=st.data(), is_doubled=st.booleans())
     def network_delivers(self, data: st.DataObject, is_doubled: bool) -> None:
-        writer = self.pick(data)
-        if not writer.to_receiver:
-            return
+        writer = data.draw(st.sampled_from([writer for writer in self.living() if writer.to_receiver]))
         kind, xfer, grant_id = writer.to_receiver.pop(0)
         for _ in range(2 if is_doubled else 1):
             if kind.startswith("RESERVE"):
@@ -195,24 +156,69 @@ class Grants(RuleBasedStateMachine):
             else:
                 self.perform(self.table.on_writer_done(xfer, writer.peer))
 
-    @rule(data=st.data())
     def silence(self, data: st.DataObject) -> None:
-        self.perform(self.table.on_unreachable(self.pick(data).peer, self.now))
+        self.perform(self.table.on_unreachable(data.draw(st.sampled_from(self.living())).peer, self.now))
 
-    @rule(data=st.data())
     def writer_dies(self, data: st.DataObject) -> None:
         """EOF: what it sent before still comes first, in order."""
-        writer = self.pick(data)
-        if writer.is_alive:
-            writer.is_alive = False
-            writer.from_receiver.clear()
-            while writer.to_receiver:
-                kind, xfer, grant_id = writer.to_receiver.pop(0)
-                if kind == "COMMIT":
-                    self.perform(self.table.on_commit(xfer, grant_id, writer.peer))
-                elif kind in ("ABORT", "FENCED"):
-                    self.perform(self.table.on_writer_done(xfer, writer.peer))
-            self.perform(self.table.on_channel_dead(writer.peer))
+        writer = data.draw(st.sampled_from(self.living()))
+        writer.is_alive = False
+        writer.from_receiver.clear()
+        while writer.to_receiver:
+            kind, xfer, grant_id = writer.to_receiver.pop(0)
+            if kind == "COMMIT":
+                self.perform(self.table.on_commit(xfer, grant_id, writer.peer))
+            elif kind in ("ABORT", "FENCED"):
+                self.perform(self.table.on_writer_done(xfer, writer.peer))
+        self.perform(self.table.on_channel_dead(writer.peer))
+
+    # ------------------------------------------------------------ the storm: three rules, so that it gets far
+    @precondition(lambda self: self.living())
+    @rule(data=st.data(), num_blocks=st.integers(1, 4))
+    def reserve(self, data: st.DataObject, num_blocks: int) -> None:
+        writer = data.draw(st.sampled_from(self.living()))
+        self.counter += 1
+        xfer = f"w{writer.peer}:{self.counter}"
+        writer.open[xfer] = None
+        writer.to_receiver.append((f"RESERVE{num_blocks}", xfer, ""))
+
+    @rule(data=st.data(), num_moves=st.integers(4, 12))
+    def things_go_on(self, data: st.DataObject, num_moves: int) -> None:
+        """What can happen next, in any order between the parties."""
+        for _ in range(num_moves):
+            moves = self.moves(data, is_good=data.draw(st.sampled_from([True, True, True, False])))
+            if not moves:
+                return
+            data.draw(st.sampled_from(moves))()
+            self.nobody_writes_after_free()
+
+    def moves(self, data: st.DataObject, *, is_good: bool) -> list[Callable[[], None]]:
+        living = self.living()
+        candidates: list[tuple[object, Callable[[], None]]] = [
+            (self.asked, lambda: self.engine_answers(is_good)),
+            (self.verifying, lambda: self.verified(is_good)),
+            (any(writer.to_receiver for writer in living), lambda: self.network_delivers(data, not is_good)),
+            (any(writer.from_receiver for writer in living), lambda: self.writer_reads(data)),
+            (any(writer.open for writer in living), lambda: self.writer_ends(data, "COMMIT")),
+            (self.delivered, lambda: self.settle(is_good)),
+            (self.sequences, self.sequence_ends),
+        ]
+        return [move for is_possible, move in candidates if is_possible]
+
+    @rule(data=st.data(), kind=st.sampled_from(["time", "time", "cancel", "abort", "silence", "death", "reconnect"]))
+    def trouble(self, data: st.DataObject, kind: str) -> None:
+        if kind == "time":
+            self.time_passes(data.draw(st.sampled_from([0.1, 0.6, 2.0, 6.0])))
+        elif kind == "cancel":
+            self.cancel(data)
+        elif kind == "abort" and any(writer.open for writer in self.living()):
+            self.writer_ends(data, "ABORT")
+        elif kind == "silence" and self.living():
+            self.silence(data)
+        elif kind == "death" and self.living():
+            self.writer_dies(data)
+        elif kind == "reconnect" and len(self.living()) < 2:
+            self.connect()
 
     # ------------------------------------------------------------ what always holds
     @invariant()
@@ -221,16 +227,35 @@ class Grants(RuleBasedStateMachine):
         self.pool.check_invariants()
 
     @invariant()
+    def nobody_writes_after_free(self) -> None:
+        """What all of this is for: a page that a live writer may write still belongs to its grant, and to it alone."""
+        for writer in self.writers.values():
+            for xfer, grant in writer.open.items():
+                if writer.is_alive and grant is not None and xfer not in writer.committed:
+                    held = self.table.find(xfer)
+                    assert held is not None, f"{xfer} writes after free"
+                    assert (held.grant_id, held.blocks) == (grant.grant_id, grant.blocks)
+                    assert all(self.pool.ref_count(block) == 1 for block in grant.blocks)
+
+    @invariant()
     def no_block_is_lost_or_held_twice(self) -> None:
         in_grants = sum(self.table.blocks_by_state().values())
         in_sequences = sum(map(len, self.sequences))
         assert self.pool.num_used == in_grants + in_sequences
 
     def teardown(self) -> None:
-        """After the storm: all writers die, the engine settles everything, and every block is free."""
+        """After the storm every block comes back: by the answers to FENCE, or by the proof of death."""
         for writer in self.writers.values():
-            writer.is_alive = False
-            self.perform(self.table.on_channel_dead(writer.peer))
+            if not writer.is_alive:
+                self.perform(self.table.on_channel_dead(writer.peer))
+        for _ in range(2):
+            self.drain()
+            self.now += 6.0
+            self.perform(self.table.tick(self.now))
+            for writer in self.living():
+                for message in writer.from_receiver:
+                    if isinstance(message, SendFence):
+                        self.perform(self.table.on_writer_done(message.xfer, writer.peer))
         self.drain()
         assert self.pool.num_free == NUM_BLOCKS, self.table.blocks_by_state()
 
