@@ -10,6 +10,7 @@ qwen3     Qwen3ForCausalLM       attention_bias     attention_bias     yes      
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,14 +23,17 @@ FAMILIES: Final = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-ROPE_KINDS: Final = ("default", "linear", "llama3")
+ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn")
 _MOE_FIELDS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _DEFAULT_ROPE_THETA: Final = 10_000.0  # transformers' default for all four families
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: `factor` and the fields after it are used by `linear` (factor) and `llama3` (all)."""
+    """Rotary embedding. `default` needs `theta` only; the fields behind it are read by the kinds that scale.
+
+    `dynamic` changes the angles beyond `max_position_embeddings` alone, and no context is longer: it is `default` here.
+    """
 
     kind: str
     theta: float
@@ -37,6 +41,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +249,41 @@ def _rope(fields: _Fields) -> RopeConfig:
     if kind == "default":
         return RopeConfig(kind, theta)
     factor = rope.positive("factor")
+    if kind == "dynamic":
+        return RopeConfig("default", theta)
     if kind == "linear":
         return RopeConfig(kind, theta, factor)
+    if kind == "yarn":
+        return _yarn(fields, rope, theta, factor)
     low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
     if high <= low:
         raise rope.bad("high_freq_factor", f"a number > low_freq_factor ({low})")
     return RopeConfig(kind, theta, factor, low, high, rope.count("original_max_position_embeddings"))
+
+
+def _yarn(fields: _Fields, rope: _Fields, theta: float, factor: float) -> RopeConfig:
+    """YaRN (Peng et al., 2023), with the defaults of transformers."""
+    if theta <= 1:
+        raise rope.bad("rope_theta", "a number > 1 for yarn")
+    outer = fields.get("original_max_position_embeddings")
+    length = rope.count("original_max_position_embeddings", default=fields.count("max_position_embeddings"))
+    attention = _magnitude(factor)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = _magnitude(factor, rope.positive("mscale")) / _magnitude(factor, rope.positive("mscale_all_dim"))
+    return RopeConfig(
+        "yarn",
+        theta,
+        factor,
+        original_max_position_embeddings=fields.count("original_max_position_embeddings") if outer else length,
+        attention_factor=rope.positive("attention_factor", default=attention),
+        beta_fast=rope.positive("beta_fast", default=32.0),
+        beta_slow=rope.positive("beta_slow", default=1.0),
+        truncate=rope.get("truncate", True) is not False,
+    )
+
+
+def _magnitude(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _eos_token_ids(folder: Path, fields: _Fields, vocab_size: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Rotary position embedding: one table of cosines and sines, made once, in fp32.
 
-After RoFormer (Su et al., 2021); `llama3` scaling as in transformers' `modeling_rope_utils`.
+After RoFormer (Su et al., 2021); `llama3` and `yarn` scaling as in transformers' `modeling_rope_utils`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         return plain / rope.factor
     if rope.kind == "llama3":
         return _llama3(plain, rope)
+    if rope.kind == "yarn":
+        return _yarn(plain, rope)
     return plain
 
 
@@ -35,6 +37,23 @@ def _llama3(plain: Tensor, rope: RopeConfig) -> Tensor:
     return torch.where(is_between, blended, stretched)
 
 
+def _yarn(plain: Tensor, rope: RopeConfig) -> Tensor:
+    """Pairs that turn often within the original context are kept, those that turn little stretched, a ramp between."""
+    dim = 2 * len(plain)
+
+    def pair_of(num_turns: float) -> float:
+        wavelength = rope.original_max_position_embeddings / (num_turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 0.001
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return plain / rope.factor * stretched + plain * (1 - stretched)
+
+
 class RopeTable:
     """Cosines and sines of all positions, `[max_positions, head_dim]` each, in the model's dtype."""
 
@@ -43,8 +62,8 @@ class RopeTable:
         angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
         angles = torch.cat((angles, angles), dim=-1)
         # The angles are made in fp32 and only their cosines are rounded, as transformers does: bf16 positions collide.
-        self._cos = angles.cos().to(device=device, dtype=dtype)
-        self._sin = angles.sin().to(device=device, dtype=dtype)
+        self._cos = (angles.cos() * rope.attention_factor).to(device=device, dtype=dtype)
+        self._sin = (angles.sin() * rope.attention_factor).to(device=device, dtype=dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), `[num_tokens, 1, head_dim]` each: the same for all heads."""

@@ -60,6 +60,34 @@ def test_packed_logits_equal_those_of_transformers(reference: Reference) -> None
         ("llama", {"num_key_value_heads": 1, "head_dim": 24}),
         ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}}),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                    "beta_fast": 8.0,
+                    "beta_slow": 2.0,
+                    "mscale": 0.7,
+                    "mscale_all_dim": 1.3,
+                    "truncate": False,
+                }
+            },
+        ),
         (
             "llama",
             {

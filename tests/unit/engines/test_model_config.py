@@ -107,7 +107,7 @@ def test_bad_field_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], fi
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}, "modeling_x.py"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window"),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32, "use_sliding_window": True}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
