@@ -1,4 +1,4 @@
-"""`celeriac bench`: measure a running server, or compare two layouts of this machine."""
+"""`celeriac bench`: measure a running server, compare two layouts of this machine, or measure the engine alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import report
 from benchmarks.cluster import Cluster, describe_layout
 from benchmarks.compare import compare as compare_clusters
+from benchmarks.engine_cli import engine
 from benchmarks.errors import BenchError
 from benchmarks.load import LoadSpec, parse_lengths, plan_load
 from benchmarks.machine import describe_machine
@@ -31,6 +32,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.group()
 def bench() -> None:
     """Measure a cluster from the outside."""
+
+
+bench.add_command(engine)
 
 
 def load_options(command: Command) -> Command:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ STOP_TIMEOUT_S = 60.0
 class Cluster:
     """One cluster in a run folder of its own. A context manager: it is stopped on the way out."""
 
-    def __init__(self, run_dir: Path, flags: Sequence[str]) -> None:
-        """`flags` of `celeriac up`, for example `["--both", "2"]`."""
+    def __init__(self, run_dir: Path, flags: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
+        """`flags` of `celeriac up`, for example `["--both", "2"]`; `env`: variables added to ours."""
         self._run_dir = run_dir
         self._flags = list(flags)
+        self._env = {**os.environ, **(env or {})}
         self.url = ""
         self.layout = ""
+        self.status: dict[str, Any] = {}
 
     def __enter__(self) -> Cluster:
         flags = ["--detach", "--port", "0", "--flower-port", "0", "--run-dir", str(self._run_dir), *self._flags]
@@ -34,6 +37,7 @@ class Cluster:
         except BaseException:
             self._stop()
             raise
+        self.status = status
         self.url = status["gateway"][0]["url"]
         self.layout = describe_layout(status["workers"])
         return self
@@ -49,7 +53,7 @@ class Cluster:
 
     def _celeriac(self, *args: str, timeout_s: float = 60.0) -> str:
         command = [sys.executable, "-m", "celeriac", *args]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=self._env)
         if done.returncode:
             raise ClusterNotStarted(" ".join(command), (done.stderr or done.stdout)[-4000:])
         return done.stdout

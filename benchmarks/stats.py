@@ -23,21 +23,24 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio with its 95 % interval, and what it should reach (None: no goal)."""
+    """A ratio with its 95 % interval, and what it should reach (None: no goal), or stay below (`at_most`)."""
 
     value: float
     low: float
     high: float
     goal: float | None = None
+    at_most: bool = False
 
     @property
     def verdict(self) -> str:
         """Whether the goal is met, or the interval is too wide to tell."""
         if self.goal is None:
             return ""
-        if self.low >= self.goal:
+        best, worst = (self.low, self.high) if self.at_most else (-self.high, -self.low)
+        limit = self.goal if self.at_most else -self.goal
+        if worst <= limit:
             return "reached"
-        return "missed" if self.high < self.goal else "not resolvable here"
+        return "missed" if best > limit else "not resolvable here"
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -57,7 +60,12 @@ def summarize(values: Sequence[float]) -> Percentiles:
 
 
 def paired_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, goal: float | None = None, seed: int = 0
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    goal: float | None = None,
+    at_most: bool = False,
+    seed: int = 0,
 ) -> Ratio:
     """Geometric mean of `numerators[i] / denominators[i]` with a 95 % bootstrap interval over the pairs.
 
@@ -70,8 +78,8 @@ def paired_ratio(
         if math.isfinite(a) and math.isfinite(b) and a > 0 and b > 0
     ]
     if not logs:
-        return Ratio(math.nan, math.nan, math.nan, goal)
+        return Ratio(math.nan, math.nan, math.nan, goal, at_most)
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(logs, k=len(logs))) / len(logs) for _ in range(NUM_RESAMPLES))
     low, high = percentile(means, 0.025), percentile(means, 0.975)
-    return Ratio(math.exp(sum(logs) / len(logs)), math.exp(low), math.exp(high), goal)
+    return Ratio(math.exp(sum(logs) / len(logs)), math.exp(low), math.exp(high), goal, at_most)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import click
 import msgspec
 
-import configs
+from configs.loader import load_with_origins
 from engines.messages import Add, FrameReader, Lease, Ready, Shutdown, Tokens, decode_engine, frame
 from engines.params import SamplingParams
 from engines.process import EngineChild, spawn_engine
@@ -166,7 +166,7 @@ def main(
     """Feed one engine and print its totals."""
     job = Job(num_requests=num_requests, concurrency=concurrency, input_len=input_len, output_len=output_len, seed=seed)
     child = spawn_engine(
-        configs.load(),
+        load_with_origins(join_running=False).settings,  # a running cluster is none of this engine's business
         role="both",
         node="solo",
         incarnation="solo",

@@ -1,0 +1,101 @@
+"""A program that runs jobs for a benchmark: one JSON object per line in, one out.
+
+    python -m engines.solo --jobs            one engine, without Celery, Redis and HTTP
+    python -m engines.machine_rates          what this machine can do: memory bandwidth, matrix products
+    <other venv>/python vllm_runner.py       the same jobs on vLLM
+
+Programs stay up from job to job, so that the jobs of several can be interleaved; the idle ones wait in a read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import ProgramFailed
+
+START_TIMEOUT_S = 900.0  # a rival may compile its model first
+JOB_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 15.0
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Program:
+    """One running program. A context manager: it is ended on the way out, by force if need be."""
+
+    def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str]) -> None:
+        self.name = name
+        self.facts: dict[str, Any] = {}
+        self._argv = list(argv)
+        self._env = {**os.environ, **env}
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def __enter__(self) -> Program:
+        """Start it and wait for its first line.
+
+        Raises:
+            ProgramFailed: it ended, or was not ready in time.
+        """
+        self._process = subprocess.Popen(
+            self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._env, cwd=ROOT
+        )
+        try:
+            self.facts = self._read_line(START_TIMEOUT_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def run(self, job: Mapping[str, Any]) -> dict[str, float]:
+        """Run one job and wait for its result.
+
+        Raises:
+            ProgramFailed: the program ended, or did not answer in time.
+        """
+        assert self._process is not None and self._process.stdin is not None, "used outside its `with`"
+        try:
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise ProgramFailed(self.name, "it ended", self._last_words()) from error
+        return self._read_line(JOB_TIMEOUT_S)
+
+    def __exit__(self, *_: object) -> None:
+        process = self._process
+        if process is not None and process.stdin is not None and process.stdout is not None:
+            process.stdin.close()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+        self._log.close()
+
+    def _read_line(self, timeout_s: float) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        stdout = self._process.stdout
+        end_s = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            if not select.select([stdout], [], [], max(0.0, end_s - time.monotonic()))[0]:
+                raise ProgramFailed(self.name, f"no answer within {timeout_s:g} s", self._last_words())
+            chunk = os.read(stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise ProgramFailed(self.name, "it ended", self._last_words())
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        result: dict[str, Any] = json.loads(line)
+        return result
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-4000:]
