@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engines import messages
 from engines.errors import EngineError
+from engines.figures import EngineFigures
 from engines.finish import Finish, FinishRule
 from engines.handoff_reader import Arrival, HandoffReader
 from engines.handoff_writer import HandoffWriter
@@ -28,7 +29,7 @@ from kvstore.state.entries import TokenLogprobs
 if TYPE_CHECKING:
     from engines.runner import ModelRunner, SampledTokens
     from engines.structured.compiler import GrammarCompiler
-    from kvstore.blocks import BlockPool
+    from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.clock import Clock
 
 STATS_S = 0.5
@@ -58,6 +59,7 @@ class EngineCore:
         layer_group_bytes: layers are pushed in groups of about this many bytes (transfer.layer_group_bytes).
         max_num_seqs: sequences decoded together; grants are refused beyond it.
         watermark_blocks: blocks that granting leaves free, so that growth does not preempt at once.
+        prefix_cache: for its hit rates only; the scheduler uses it.
         on_step: told of each step and its seconds.
     """
 
@@ -79,6 +81,7 @@ class EngineCore:
         layer_group_bytes: int = 1 << 20,
         max_num_seqs: int = 64,
         watermark_blocks: int = 0,
+        prefix_cache: PrefixCache | None = None,
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self._on_step = on_step
@@ -97,11 +100,10 @@ class EngineCore:
         self._max_num_seqs = max_num_seqs
         self._watermark_blocks = watermark_blocks
         self._live: dict[tuple[str, int], Sequence] = {}
-        self._step_ms = 0.0
         self._stats_at_s = 0.0
         self._lease_s = clock()
         self._stale_steps = 0
-        self._counters = {"steps": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "cached_tokens": 0.0, "busy_s": 0.0}
+        self._figures = EngineFigures(pool, node, prefix_cache)
         self._writer = HandoffWriter(
             node=node,
             pool=pool,
@@ -312,7 +314,7 @@ class EngineCore:
             else:
                 self._emit(sequence, item.token_ids, item.logprobs, outs)
         if outs:
-            self._counters["output_tokens"] += sum(len(out.token_ids) for out in outs)
+            self._figures.tokens_out(sum(len(out.token_ids) for out in outs))
             self._send(messages.Tokens(plan.step_id, outs))
         for sequence, choices, is_finished in computed:  # after its tokens: they are on their way before COMMIT is
             self._prompt_done(sequence, choices, is_finished=is_finished)
@@ -455,13 +457,10 @@ class EngineCore:
         return min(time for time in times if time is not None)
 
     def _measure(self, plan: StepPlan, started_s: float) -> None:
-        elapsed = self._clock() - started_s
-        self._step_ms = elapsed * 1e3 if not self._step_ms else 0.9 * self._step_ms + 0.1 * elapsed * 1e3
-        self._counters["steps"] += 1
-        self._counters["busy_s"] += elapsed
+        elapsed_s = self._clock() - started_s
+        self._figures.step_done(plan, elapsed_s)
         if self._on_step is not None:
-            self._on_step(plan, elapsed)
-        self._counters["prompt_tokens"] += sum(i.num_new_tokens for i in plan.scheduled if i.num_new_tokens > 1)
+            self._on_step(plan, elapsed_s)
 
     def _report_stats(self, now: float) -> None:
         if now < self._stats_at_s:
@@ -470,17 +469,5 @@ class EngineCore:
         self._send(self.stats())
 
     def stats(self) -> messages.Stats:
-        grants = self._kv.grants()
-        blocks = {
-            "free": self._pool.num_free,
-            "cached": self._pool.num_cached,
-            "used": self._pool.num_used - sum(grants.values()),
-            **{state.lower(): count for state, count in grants.items()},
-        }
-        return messages.Stats(
-            blocks=blocks,
-            live=len(self._live),
-            waiting=self._scheduler.num_waiting + self._writer.num_outgoing,
-            step_ms=self._step_ms,
-            counters=dict(self._counters),
-        )
+        waiting = self._scheduler.num_waiting + self._writer.num_outgoing
+        return self._figures.stats(live=len(self._live), waiting=waiting)

@@ -1,0 +1,56 @@
+"""What an engine says of itself: blocks by state, load, step time, totals. Sent as `Stats`, twice a second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engines.messages import Stats
+from engines.scheduler.plan import StepPlan
+
+if TYPE_CHECKING:
+    from kvstore.blocks import BlockPool, PrefixCache
+    from kvstore.transport import KVNode
+
+SMOOTHING = 0.1  # weight of the newest step in `step_ms`
+
+
+class EngineFigures:
+    """Owned by the engine thread. Totals only grow; a restarted engine begins at 0."""
+
+    def __init__(self, pool: BlockPool, node: KVNode, prefix_cache: PrefixCache | None) -> None:
+        self._pool = pool
+        self._kv = node
+        self._cache = prefix_cache
+        self._step_ms = 0.0
+        self._totals = {"steps": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "busy_s": 0.0}
+
+    def step_done(self, plan: StepPlan, elapsed_s: float) -> None:
+        elapsed_ms = elapsed_s * 1e3
+        self._step_ms = elapsed_ms if not self._step_ms else self._step_ms + SMOOTHING * (elapsed_ms - self._step_ms)
+        self._totals["steps"] += 1
+        self._totals["busy_s"] += elapsed_s
+        self._totals["prompt_tokens"] += sum(i.num_new_tokens for i in plan.scheduled if i.num_new_tokens > 1)
+
+    def tokens_out(self, num_tokens: int) -> None:
+        self._totals["output_tokens"] += num_tokens
+
+    def stats(self, *, live: int, waiting: int) -> Stats:
+        grants = self._kv.grants()
+        blocks = {
+            "free": self._pool.num_free,
+            "cached": self._pool.num_cached,
+            "used": self._pool.num_used - sum(grants.values()),
+            **{state.lower(): count for state, count in grants.items()},
+        }
+        return Stats(blocks=blocks, live=live, waiting=waiting, step_ms=self._step_ms, counters=self._counters())
+
+    def _counters(self) -> dict[str, float]:
+        counters = dict(self._totals)
+        counters |= {f"kv_{name}": float(count) for name, count in self._kv.counters().items()}
+        counters |= {f"kv_reject_{reason}": float(count) for reason, count in self._kv.rejects().items()}
+        if self._cache is not None:
+            stats = self._cache.stats
+            counters["prefix_query_tokens"] = float(stats.query_tokens)
+            counters["prefix_hit_tokens"] = float(stats.hit_tokens)
+            counters["prefix_evicted_blocks"] = float(stats.evicted_blocks)
+        return counters
