@@ -18,6 +18,7 @@ from webapp.generate import PREFIXES, stream_answer
 from webapp.metrics import phase_durations_ms
 from webapp.openai.answers import make_writer
 from webapp.openai.call import Prompt
+from webapp.openai.tool_answers import ToolWriter
 from webapp.serving import Serving
 from webapp.streaming.position import Position, read_position
 
@@ -83,7 +84,10 @@ def stream(request_id: str) -> Response:
             choices_per_prompt=body.k,
             first_index=notes.prompt_index * body.k,
         )
-        session = gateway.follow(record, position)
+        # Where a tool call stands can only be told from the text before: such a stream is read from its beginning.
+        session = gateway.follow(record, None if notes.tools else position)
+        if notes.tools and position is not None and isinstance(writer, ToolWriter):
+            writer.skip(position.counts, position.ended)
     except BaseException:
         leave()
         raise

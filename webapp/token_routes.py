@@ -83,7 +83,7 @@ def _chat_ids(body: dict[str, Any], served: ServedModel) -> tuple[list[int], boo
     if "prompt" in body:
         raise InvalidRequest("conflict_fields", "prompt and messages must not both be given", param="prompt")
     fields: dict[str, Checker] = {"model": _as_is, "messages": check_messages, "return_token_strs": Boolean()}
-    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "tool_choice"):
         fields[name] = chat_surface(served.tokenizer.vocab_size).served[name]
     checked = Surface(fields, NEUTRAL_CHAT, required=("messages",)).check(body)
     return render_chat(checked, served), checked.get("return_token_strs", False)

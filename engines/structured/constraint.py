@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+# White space between the parts of JSON: none, one space, or a line break with its indentation. Without a bound, a small
+# model that is not allowed the token it wants writes spaces until its limit.
+JSON_WHITESPACE: Final = r" |\r?\n[ \t]{0,64}"
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -24,6 +28,14 @@ class Constraint(msgspec.Struct, frozen=True, array_like=True):
 def choice_grammar(choices: Sequence[str]) -> str:
     """Lark grammar of exactly these texts."""
     return "start: " + " | ".join(lark_literal(choice) for choice in choices)
+
+
+def lark_schema(text: str) -> str:
+    """A checked JSON Schema as an expression of a Lark grammar."""
+    schema = json.loads(text)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
 
 
 def lark_literal(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 import llguidance
 
-from engines.structured.constraint import Constraint
+from engines.structured.constraint import JSON_WHITESPACE, Constraint
 from engines.structured.errors import BadConstraint
 from engines.structured.regex_guard import check_pattern
 from engines.structured.schema_guard import MAX_SCHEMA_BYTES, check_schema
@@ -83,7 +83,11 @@ def _grammar_text(constraint: Constraint) -> str:
         raise BadConstraint("schema_too_complex", f"a constraint may have at most {MAX_SCHEMA_BYTES} bytes")
     if constraint.kind == "json":
         check_schema(json.loads(constraint.text))
-        return str(llguidance.LLMatcher.grammar_from_json_schema(constraint.text))
+        return str(
+            llguidance.LLMatcher.grammar_from_json_schema(
+                constraint.text, overrides={"whitespace_pattern": JSON_WHITESPACE}
+            )
+        )
     if constraint.kind == "regex":
         check_pattern(constraint.text)
         return str(llguidance.LLMatcher.grammar_from_regex(constraint.text))

@@ -122,7 +122,7 @@ def test_request_ids_come_back(client: openai.OpenAI) -> None:
         ({"temperature": 3.5}, openai.BadRequestError, "out_of_range", "temperature"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "context_length_exceeded", None),
         ({"messages": []}, openai.BadRequestError, None, "messages"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "unsupported", "response_format"),
+        ({"response_format": {"type": "xml"}}, openai.BadRequestError, "invalid_value", "response_format.type"),
         ({"top_logprobs": 3}, openai.BadRequestError, None, "top_logprobs"),
     ],
 )

@@ -7,18 +7,18 @@ does not care who drives it, a thread or an event loop, and holds no socket.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from kvstore.state.entries import FinEntry
+from webapp.openai.answer_head import AnswerHead, Json, chat_choice, ending
 from webapp.openai.call import CallNotes, Prompt
 from webapp.openai.logprobs import chat_logprobs, completion_logprobs
-from webapp.openai.pieces import Piece, PieceToken
-from webapp.openai.prompt_logprobs import echoed_logprobs, known, prompt_logprobs
+from webapp.openai.pieces import Piece
+from webapp.openai.prompt_logprobs import echoed_logprobs, known
 from webapp.openai.served_model import ServedModel
+from webapp.openai.tool_answers import ToolWriter
 from webapp.openai.usage import Usage
-
-Json = dict[str, Any]
 
 
 class Writer(Protocol):
@@ -31,69 +31,10 @@ class Writer(Protocol):
     def answer(self, choices: Sequence[Sequence[Piece]]) -> Json: ...
 
 
-@dataclass
-class _Head:
-    """What every object of one call repeats."""
-
-    id: str
-    model: ServedModel
-    notes: CallNotes
-    usage: Usage
-    prompts: list[Prompt]
-    first_index: int
-    choices_per_prompt: int
-
-    def head(self, kind: str) -> Json:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.notes.created,
-            "model": self.model.name,
-            "system_fingerprint": self.model.fingerprint,
-        }
-
-    def chunk(self, kind: str, choices: list[Json]) -> Json:
-        out = self.head(kind) | {"choices": choices}
-        if self.notes.include_usage:
-            out["usage"] = self.usage.body() if self.notes.continuous_usage_stats else None
-        return out
-
-    def usage_chunk(self, kind: str) -> list[Json]:
-        if not self.notes.include_usage:
-            return []
-        return [self.head(kind) | {"choices": [], "usage": self.usage.body()}]
-
-    def with_ids(self, choice: Json, tokens: Sequence[PieceToken], index: int, *, is_first: bool) -> Json:
-        """`token_ids`, and once per choice `prompt_token_ids`, where they were asked for."""
-        if self.notes.return_token_ids:
-            choice["token_ids"] = [t.token_id for t in tokens]
-            if is_first:
-                choice["prompt_token_ids"] = self.prompt_of(index).token_ids
-        return choice
-
-    def prompt_of(self, index: int) -> Prompt:
-        return self.prompts[(index - self.first_index) // self.choices_per_prompt]
-
-    def prompt_scores(self, index: int, piece: Piece) -> list[Json | None] | None:
-        """`prompt_logprobs` of a whole answer; None where they were not asked for. `piece`: the choice's first."""
-        asked = self.notes.prompt_logprobs
-        if asked is None:
-            return None
-        tokenizer = self.model.tokenizer
-        num_top = tokenizer.vocab_size if asked == -1 else asked
-        return prompt_logprobs(known(piece.prompt_logprobs, self.id), self.prompt_of(index), tokenizer, num_top)
-
-    def count(self, index: int, piece: Piece) -> None:
-        self.usage.completion[index] = 0 if self.notes.only_prompt else piece.num_tokens
-        if piece.fin is not None:
-            prompt = (index - self.first_index) // self.choices_per_prompt
-            self.usage.cached[prompt] = max(piece.fin.cached_tokens, self.usage.cached.get(prompt, 0))
-
-
 class ChatWriter:
     """`chat.completion` and its chunks."""
 
-    def __init__(self, head: _Head) -> None:
+    def __init__(self, head: AnswerHead) -> None:
         self._head = head
         self.usage = head.usage
 
@@ -101,14 +42,14 @@ class ChatWriter:
         self._head.count(index, piece)
         out: list[Json] = []
         if piece.is_first:
-            first = _chat_choice(index, {"role": "assistant", "content": ""})
+            first = chat_choice(index, {"role": "assistant", "content": ""})
             out.append(self._chunk(self._head.with_ids(first, (), index, is_first=True)))
         if piece.text:
             logprobs = chat_logprobs(piece.tokens, self._head.notes.top_logprobs, self._head.model.tokenizer)
-            choice = _chat_choice(index, {"content": piece.text}, logprobs)
+            choice = chat_choice(index, {"content": piece.text}, logprobs)
             out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=False)))
         if piece.fin is not None:
-            choice = _chat_choice(index, {}) | _ending(piece.fin)
+            choice = chat_choice(index, {}) | ending(piece.fin)
             out.append(self._chunk(self._head.with_ids(choice, piece.tokens, index, is_first=False)))
         return out
 
@@ -133,7 +74,7 @@ class ChatWriter:
             "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
             "logprobs": chat_logprobs(shown, self._head.notes.top_logprobs, self._head.model.tokenizer),
         }
-        return self._head.with_ids(choice | (_ending(fin) if fin else {}), tokens, index, is_first=True)
+        return self._head.with_ids(choice | (ending(fin) if fin else {}), tokens, index, is_first=True)
 
     def _chunk(self, choice: Json) -> Json:
         return self._head.chunk("chat.completion.chunk", [choice])
@@ -142,7 +83,7 @@ class ChatWriter:
 class CompletionWriter:
     """`text_completion`, streamed or not."""
 
-    def __init__(self, head: _Head) -> None:
+    def __init__(self, head: AnswerHead) -> None:
         self._head = head
         self.usage = head.usage
         self._offsets: dict[int, int] = {}
@@ -204,7 +145,7 @@ class CompletionWriter:
         return echoed_logprobs(scores, self._head.prompt_of(index), self._head.model.tokenizer, notes.top_logprobs or 0)
 
     def _ending(self, fin: FinEntry) -> Json:
-        return _ending(FinEntry(fin.state, "length") if self._head.notes.only_prompt else fin)
+        return ending(FinEntry(fin.state, "length") if self._head.notes.only_prompt else fin)
 
     def _logprobs(self, index: int, piece: Piece) -> Json | None:
         offset = self._offsets.get(index, 0)
@@ -228,17 +169,11 @@ def make_writer(
 ) -> Writer:
     """The writer of a call, or of one request of it whose first choice has `first_index`."""
     usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
-    head = _Head(id, model, notes, usage, prompts, first_index, choices_per_prompt)
-    return ChatWriter(head) if notes.api == "chat" else CompletionWriter(head)
-
-
-def _chat_choice(index: int, delta: Json, logprobs: Json | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    head = AnswerHead(id, model, notes, usage, prompts, first_index, choices_per_prompt)
+    if notes.api != "chat":
+        return CompletionWriter(head)
+    return ToolWriter(head) if notes.tools else ChatWriter(head)
 
 
 def _text_choice(index: int, text: str, logprobs: Json | None) -> Json:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
-
-
-def _ending(fin: FinEntry) -> Json:
-    return {"finish_reason": fin.reason, "stop_reason": None if fin.stop_reason == "" else fin.stop_reason}

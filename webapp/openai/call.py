@@ -22,6 +22,8 @@ class CallNotes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         echo_logprobs: the echoed text comes with its logprobs.
         top_logprobs: alternatives to tell per token; None: no logprobs at all.
         prompt_logprobs: alternatives to tell per prompt token, -1 is all; None: none were asked for.
+        tools: how tool calls are read out of the text: "auto", "required", "named"; "" leaves the text alone.
+        only_first_call: later calls of a choice are dropped (`parallel_tool_calls: false`).
         only_prompt: `max_tokens` was 0; the one token that had to be computed is not told.
     """
 
@@ -34,6 +36,8 @@ class CallNotes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     only_prompt: bool = False
+    tools: str = ""
+    only_first_call: bool = False
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage_stats: bool = False

@@ -16,7 +16,14 @@ from webapp.openai.prompt_limits import bad_word_ids, truncated
 from webapp.openai.prompt_logprobs import check_size, num_to_compute
 from webapp.openai.sampling import check_prompt_logprobs, check_stream_options, sampling_params, shared_fields
 from webapp.openai.served_model import ServedModel
+from webapp.openai.structured import (
+    check_compiles,
+    check_response_format,
+    check_structured_outputs,
+    output_constraint,
+)
 from webapp.openai.surface import NEUTRAL, NEUTRAL_CHAT, Checked, Surface
+from webapp.openai.tools import check_tool_choice, check_tools, text_of, tool_use, with_calls
 
 MAX_TOP_LOGPROBS: Final = 20
 _OUR_VARIABLES: Final = {
@@ -41,6 +48,11 @@ def chat_surface(vocab_size: int) -> Surface:
         "add_generation_prompt": Boolean(),
         "continue_final_message": Boolean(),
         "chat_template_kwargs": _template_kwargs,
+        "response_format": check_response_format,
+        "structured_outputs": check_structured_outputs,
+        "tools": check_tools,
+        "tool_choice": check_tool_choice,
+        "parallel_tool_calls": Boolean(),
     }
     return Surface(served, NEUTRAL | NEUTRAL_CHAT, required=("messages",))
 
@@ -58,6 +70,8 @@ def parse_chat(body: Mapping[str, Any], model: ServedModel, *, unknown_fields: s
         raise InvalidRequest("conflict_fields", "top_logprobs needs logprobs: true", param="top_logprobs")
     options = check_stream_options(checked)
     check_prompt_logprobs(checked)
+    use = tool_use(checked)
+    structured = with_calls(output_constraint(checked), use, checked)
     started_s = time.monotonic()
     ids = render_chat(checked, model)
     asked = checked.values.get("max_completion_tokens", checked.values.get("max_tokens"))
@@ -75,12 +89,15 @@ def parse_chat(body: Mapping[str, Any], model: ServedModel, *, unknown_fields: s
         vocab_size=vocab_size,
         prompt_logprobs=num_top,
         bad_word_ids=bad_word_ids(checked.get("bad_words", []), model.tokenizer),
+        constraint=check_compiles(structured, model),
     )
     notes = CallNotes(
         api="chat",
         created=int(time.time()),
         top_logprobs=logprobs,
         prompt_logprobs=checked.values.get("prompt_logprobs"),
+        tools=use.mode,
+        only_first_call=use.only_first_call,
         return_token_ids=checked.get("return_token_ids", False),
         include_usage=options["include_usage"],
         continuous_usage_stats=options["continuous_usage_stats"],
@@ -115,10 +132,12 @@ def render_chat(checked: Checked, model: ServedModel) -> list[int]:
         raise InvalidRequest("unsupported", f"model {model.name} has no chat template; use /v1/completions")
     for i, message in enumerate(messages):
         check_bytes(message["content"], f"messages[{i}].content", model)
+    tools = tool_use(checked).shown
+    check_bytes(text_of(tools), "tools", model)
     try:
         ids = model.tokenizer.apply_chat_template(
             messages,
-            tools=None,
+            tools=tools,
             add_generation_prompt=adds,
             continue_final_message=continues,
             **checked.get("chat_template_kwargs", {}),

@@ -19,6 +19,12 @@ from webapp.openai.sampling import (
     shared_fields,
 )
 from webapp.openai.served_model import ServedModel
+from webapp.openai.structured import (
+    check_compiles,
+    check_response_format,
+    check_structured_outputs,
+    output_constraint,
+)
 from webapp.openai.surface import NEUTRAL, NEUTRAL_COMPLETION, Surface
 
 MAX_PROMPTS: Final = 128
@@ -35,6 +41,8 @@ def completion_surface(vocab_size: int) -> Surface:
         "echo": Boolean(),
         "logprobs": Integer(0, MAX_LOGPROBS),
         "add_special_tokens": Boolean(),
+        "response_format": check_response_format,
+        "structured_outputs": check_structured_outputs,
     }
     return Surface(served, NEUTRAL | NEUTRAL_COMPLETION, required=("prompt",))
 
@@ -79,6 +87,7 @@ def parse_completion(body: Mapping[str, Any], model: ServedModel, *, unknown_fie
         vocab_size=vocab_size,
         prompt_logprobs=num_top,
         bad_word_ids=bad_word_ids(checked.get("bad_words", []), model.tokenizer),
+        constraint=check_compiles(output_constraint(checked), model),
     )
     notes = CallNotes(
         api="completion",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from engines.params import SamplingParams
+from engines.structured import Constraint
 from webapp.errors import InvalidRequest
 from webapp.openai.fields import (
     Boolean,
@@ -68,6 +69,7 @@ def sampling_params(
     vocab_size: int,
     prompt_logprobs: int | None = None,
     bad_word_ids: tuple[tuple[int, ...], ...] = (),
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
     """The parameters of one request.
 
@@ -103,6 +105,7 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         allowed_token_ids=tuple(dict.fromkeys(allowed)),
         bad_word_ids=bad_word_ids,
+        constraint=constraint,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.schema import ModelSettings
 from engines.models.source import resolve_model
+from engines.structured.checker import ConstraintChecker
 from engines.tokenizer import Tokenizer
 from webapp.errors import ApiError, InvalidRequest
 
@@ -20,13 +21,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(/[A-Za-z0-9][A-Za-z0-9._:@-]*)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model. `max_model_len` counts prompt and output tokens together."""
+    """One model. `max_model_len` counts prompt and output tokens together; `constraints` checks structured outputs."""
 
     name: str
     tokenizer: Tokenizer
     max_model_len: int
     fingerprint: str
     longest_token_bytes: int
+    constraints: ConstraintChecker
     created: int = field(default_factory=lambda: int(time.time()))
 
     def card(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def load_served_model(settings: ModelSettings, *, version: str) -> ServedModel:
         max_model_len=settings.max_model_len or _context_of(folder),
         fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
         longest_token_bytes=max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)),
+        constraints=ConstraintChecker(folder / "tokenizer.json", tokenizer.vocab_size, tokenizer.eos_token_ids),
     )
 
 

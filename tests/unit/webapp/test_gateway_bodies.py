@@ -169,11 +169,8 @@ def test_a_bad_completion_field_is_refused_by_name(
             "conflict_fields",
             "continue_final_message",
         ),
-        ({"tools": []}, "unsupported", "tools"),
-        ({"tool_choice": "required"}, "unsupported", "tool_choice"),
         ({"functions": []}, "unsupported", "functions"),
-        ({"response_format": {"type": "json_object"}}, "unsupported", "response_format"),
-        ({"structured_outputs": {"regex": "a"}}, "unsupported", "structured_outputs"),
+        ({"response_format": {"type": "structural_tag"}}, "unsupported", "response_format.type"),
         ({"modalities": ["audio"]}, "unsupported", "modalities"),
     ],
 )
