@@ -59,6 +59,18 @@ class RoleSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_num_batched_tokens: Annotated[int, Meta(ge=1, le=1 << 20, description="Tokens computed in one step.")] = 2048
 
 
+class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the engine computes with. `auto` takes the fastest that works on the machine, and the log says which."""
+
+    linear: Annotated[
+        Literal["auto", "torch", "onednn"], Meta(description="Linear layers. `onednn` packs the weights once, on CPUs.")
+    ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "torch", "native"],
+        Meta(description="Attention, norms, rotation. `native` is C++, compiled at first use; needs g++."),
+    ] = "auto"
+
+
 class PrefillSettings(RoleSettings, kw_only=True, forbid_unknown_fields=True):
     """Workers that compute prompts and push their KV away."""
 
@@ -171,6 +183,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: ModelSettings = msgspec.field(default_factory=ModelSettings)
     kv: KVSettings = msgspec.field(default_factory=KVSettings)
+    engine: EngineSettings = msgspec.field(default_factory=EngineSettings)
     prefill: PrefillSettings = msgspec.field(default_factory=PrefillSettings)
     decode: DecodeSettings = msgspec.field(default_factory=DecodeSettings)
     both: BothSettings = msgspec.field(default_factory=BothSettings)

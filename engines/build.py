@@ -62,7 +62,9 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     device = choose_device(role.device)
     dtype = choose_dtype(settings.model.dtype, device)
     folder = resolve_model(settings.model.path, settings.model.revision)
-    model, model_config = build_engine_model(folder, dtype=dtype, device=device)
+    model, model_config = build_engine_model(
+        folder, dtype=dtype, device=device, linear=settings.engine.linear, kernels=settings.engine.kernels
+    )
     max_model_len = _context(settings.model.max_model_len, model_config)
 
     block_bytes = KVTensor.bytes_per_block(model_config, settings.kv.block_size, dtype)

@@ -6,6 +6,7 @@ EngineError(retryable)
 │   ├── UnsupportedModel       a kind of model, rope, attention or quantisation that this engine does not have
 │   └── BadWeights             a weights file is damaged, or does not fit config.json
 ├── DeviceUnavailable          the device or dtype asked for is not to be had here
+├── KernelsUnavailable         the C++ kernels could not be built or loaded; torch does their work
 ├── ContextTooLong             `model.max_model_len` is more than the model was made for
 ├── PoolTooSmall               the KV pool cannot hold one sequence of the longest length
 ├── ForwardFailed              one step failed in torch (memory, mostly)                       (retryable)
@@ -60,6 +61,15 @@ class DeviceUnavailable(EngineError):
         super().__init__(f"`{asked}` cannot be used: {why}. {hint}")
         self.asked = asked
         self.why = why
+
+
+class KernelsUnavailable(EngineError):
+    """The C++ kernels cannot be used on this machine. With `auto` it is logged and torch takes their place."""
+
+    def __init__(self, *, why: str, hint: str) -> None:
+        super().__init__(f"No C++ kernels: {why}. {hint}")
+        self.why = why
+        self.hint = hint
 
 
 class ContextTooLong(EngineError):

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from engines.errors import DeviceUnavailable
+from engines.ext.library import find_kernels
+from engines.linear.choose import choose_linear
 from engines.models.config import ModelConfig
 from engines.models.llama import LlamaModel
 from engines.models.loader import Progress, load_weights
@@ -52,15 +54,31 @@ def _has_bfloat16() -> bool:
 
 
 def build_engine_model(
-    folder: Path, *, dtype: torch.dtype, device: str = "cpu", progress: Progress | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    linear: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[LlamaModel, ModelConfig]:
-    """Read config and weights of a model folder. Blocks until all is in memory.
+    """Read config and weights of a model folder. Blocks until all is in memory and in the order its linears want.
+
+    Args:
+        linear, kernels: the settings `engine.linear` and `engine.kernels`.
 
     Raises:
         ModelError: the folder cannot be served; the message says what is wrong with which file.
+        DeviceUnavailable, KernelsUnavailable: what was asked for by name is not to be had here.
     """
     started_s = time.monotonic()
     config = ModelConfig.from_folder(folder)
-    model = LlamaModel(config, load_weights(folder, config, dtype=dtype, device=device, progress=progress))
+    weights = load_weights(folder, config, dtype=dtype, device=device, progress=progress)
+    model = LlamaModel(
+        config,
+        weights,
+        linear=choose_linear(linear, dtype=dtype, device=device),
+        kernels=find_kernels(kernels, dtype=dtype, device=device),
+    )
     logger.info("%s: loaded as %s in %.2f s", folder, str(dtype).removeprefix("torch."), time.monotonic() - started_s)
     return model, config

@@ -3,8 +3,8 @@
     ids [num_tokens] -> embed -> L x ( RMSNorm -> qkv -> (q/k norm) -> RoPE -> attention -> o
                                        RMSNorm -> gate_up -> SiLU * up -> down ) -> RMSNorm -> lm_head
 
-Which tokens belong together only the attention backend knows. Numerics follow transformers: norms in fp32 and then
-cast, fp32 cosines, softmax in fp32.
+Which tokens belong together only the attention backend knows; which code multiplies, normalises and rotates was chosen
+before (`Linear`, `RowOps`). Norms, cosines and softmax are computed in fp32.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engines.attention.backend import AttentionBackend
+from engines.ext.library import Kernels
+from engines.ext.row_ops import NativeRowOps
+from engines.linear.backend import Linear, LinearBackend
+from engines.linear.torch_linear import TorchBackend
 from engines.models.config import ModelConfig
-from engines.models.rope import RopeTable, rotate
+from engines.models.rope import RopeTable
+from engines.models.row_ops import RowOps, TorchRowOps
 
 OnLayers = Callable[[int, int], None]
 
@@ -51,12 +56,44 @@ class LlamaWeights:
     lm_head: Tensor
 
 
-class LlamaModel:
-    """Stateless apart from its weights: KV lives in the backend's region. Used by one thread at a time."""
+class _Layer:
+    """One layer as it runs: its linears made, its norms as they are."""
 
-    def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
+    def __init__(self, weights: LayerWeights, linear: LinearBackend) -> None:
+        self.input_norm = weights.input_norm
+        self.post_norm = weights.post_norm
+        self.q_norm = weights.q_norm
+        self.k_norm = weights.k_norm
+        self.qkv: Linear = linear.make(weights.qkv, weights.qkv_bias)
+        self.o: Linear = linear.make(weights.o, weights.o_bias)
+        self.gate_up: Linear = linear.make(weights.gate_up, weights.gate_up_bias)
+        self.down: Linear = linear.make(weights.down, weights.down_bias)
+
+
+class LlamaModel:
+    """Stateless apart from its weights: KV lives in the backend's region. Used by one thread at a time.
+
+    Args:
+        linear: makes the linear layers; torch's unless told otherwise.
+        kernels: C++ for norms, SiLU and rotation, and for the attention of whoever runs this model; None is torch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        *,
+        linear: LinearBackend | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        linear = linear or TorchBackend()
         self.config = config
-        self._weights = weights
+        self.kernels = kernels
+        self._embed = weights.embed
+        self._norm = weights.norm
+        self._layers = tuple(_Layer(layer, linear) for layer in weights.layers)
+        self._lm_head: Linear = linear.make(weights.lm_head)
+        self._rows: RowOps = TorchRowOps() if kernels is None else NativeRowOps(kernels)
         self._rope = RopeTable(
             config.rope,
             head_dim=config.head_dim,
@@ -67,7 +104,7 @@ class LlamaModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._weights.embed.dtype
+        return self._embed.dtype
 
     def forward(
         self,
@@ -86,47 +123,39 @@ class LlamaModel:
             layer_group: layers per call of `on_layers`; 0 is all of them.
         """
         num_layers, group = self.config.num_layers, layer_group or self.config.num_layers
-        hidden = F.embedding(ids, self._weights.embed)
+        rows, eps = self._rows, self.config.rms_norm_eps
+        hidden = F.embedding(ids, self._embed)
         cos, sin = self._rope.at(positions)
+        delta: Tensor | None = None
         reported = 0
-        for index, layer in enumerate(self._weights.layers):
-            hidden = hidden + self._attend(index, layer, hidden, cos, sin, attention)
-            hidden = hidden + self._mlp(layer, hidden)
+        for index, layer in enumerate(self._layers):
+            if delta is None:
+                normed = rows.norm(hidden, layer.input_norm, eps)
+            else:
+                normed = rows.add_norm(hidden, delta, layer.input_norm, eps)
+            attended = self._attend(index, layer, normed, cos, sin, attention)
+            normed = rows.add_norm(hidden, attended, layer.post_norm, eps)
+            delta = layer.down(rows.silu_mul(layer.gate_up(normed)))
             if on_layers is not None and (index + 1 == num_layers or index + 1 - reported >= group):
                 on_layers(reported, index + 1)
                 reported = index + 1
-        return hidden
+        return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[num_rows, vocab]` of hidden states `[num_rows, hidden]` from `forward`."""
-        normed = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
-        return F.linear(normed, self._weights.lm_head).float()
+        return self._lm_head(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps)).float()
 
     def _attend(
-        self, index: int, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend
+        self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend
     ) -> Tensor:
-        config = self.config
-        normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        q = q.view(-1, config.num_heads, config.head_dim)
-        k = k.view(-1, config.num_kv_heads, config.head_dim)
-        v = v.view(-1, config.num_kv_heads, config.head_dim)
+        config, rows = self.config, self._rows
+        num_heads, num_turned = config.num_heads, config.num_heads + config.num_kv_heads
+        heads = layer.qkv(normed).view(-1, num_turned + config.num_kv_heads, config.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        attention.write_kv(index, rotate(k, cos, sin), v)
-        out = attention.forward(index, rotate(q, cos, sin))
-        return F.linear(out.reshape(-1, config.q_size), layer.o, layer.o_bias)
-
-    def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        normed = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension: in fp32, cast back, then scaled."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+            q = rows.rotate(rows.norm(heads[:, :num_heads], layer.q_norm, config.rms_norm_eps), cos, sin)
+            k = rows.rotate(rows.norm(heads[:, num_heads:num_turned], layer.k_norm, config.rms_norm_eps), cos, sin)
+        else:
+            turned = rows.rotate(heads[:, :num_turned], cos, sin)
+            q, k = turned[:, :num_heads], turned[:, num_heads:]
+        attention.write_kv(index, k, heads[:, num_turned:])
+        return layer.o(attention.forward(index, q).reshape(-1, config.q_size))

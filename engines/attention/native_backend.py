@@ -1,0 +1,144 @@
+"""Paged attention in C++: reads pages where they are, nothing is gathered, padded or masked.
+
+    rows with one query      splits of 512 tokens in parallel, merged in order    cpp/decode_attention.h
+    rows with several        tiles of queries in parallel                         cpp/prefill_attention.h
+
+A row's result depends on its own tokens alone: not on the batch, the chunk it comes in or the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from itertools import chain
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.attention.backend import AttentionMetadata
+from engines.ext.library import HEAD_DIMS, Kernels
+
+SPLIT_TOKENS: Final = 512  # kSplit
+QUERY_ROWS: Final = 96  # kQueryRows
+
+
+class _StepArgs(ctypes.Structure):
+    """`struct Step` of cpp/paged.h, field by field."""
+
+    _fields_ = (
+        ("kv", c_void_p),
+        ("num_layers", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("block_size", c_int64),
+        ("num_threads", c_int64),
+        ("scale", c_float),
+        ("num_tokens", c_int64),
+        ("slots", c_void_p),
+        ("tables", c_void_p),
+        ("table_at", c_void_p),
+        ("token_at", c_void_p),
+        ("starts", c_void_p),
+        ("num_new", c_void_p),
+        ("num_decode", c_int64),
+        ("decode_row", c_void_p),
+        ("decode_split", c_void_p),
+        ("num_prefill", c_int64),
+        ("prefill_row", c_void_p),
+        ("prefill_tile", c_void_p),
+        ("num_merge", c_int64),
+        ("merge_row", c_void_p),
+        ("partial_at", c_void_p),
+        ("partials", c_void_p),
+    )
+
+
+class NativeAttention:
+    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
+
+    def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels) -> None:
+        _, num_layers, _, num_kv_heads, block_size, head_dim = kv.shape
+        assert kv.is_contiguous()
+        assert kv.dtype == kernels.dtype
+        assert head_dim in HEAD_DIMS, head_dim
+        self._kv = kv
+        self._kernels = kernels
+        self._head_dim = head_dim
+        self._tile_tokens = max(1, QUERY_ROWS // (num_heads // num_kv_heads))
+        self._args = _StepArgs(
+            kv=kv.data_ptr(),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            scale=head_dim**-0.5,
+        )
+        self._address = ctypes.addressof(self._args)
+        # The arrays that the structure points into, and room for the parts of split rows.
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._arrays = np.empty(0, dtype=np.int64)
+        self._partials = torch.empty(0)
+
+    def begin_step(self, metadata: AttentionMetadata) -> None:
+        rows = metadata.rows
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        num_new = np.array([row.num_new_tokens for row in rows], dtype=np.int64)
+        lengths = np.array([len(row.block_table) for row in rows], dtype=np.int64)
+        tables = np.fromiter(
+            chain.from_iterable(row.block_table for row in rows), dtype=np.int64, count=int(lengths.sum())
+        )
+        is_decode = num_new == 1
+        splits = np.where(is_decode, starts // SPLIT_TOKENS + 1, 0)
+        tiles = np.where(is_decode, 0, -(-num_new // self._tile_tokens))
+        decode_row, decode_split = _tasks(splits)
+        prefill_row, prefill_tile = _tasks(tiles)
+        merge_row = is_decode.nonzero()[0]
+        self._slots = metadata.slot_mapping
+        self._point_at(
+            tables=tables,
+            table_at=lengths.cumsum() - lengths,
+            token_at=num_new.cumsum() - num_new,
+            starts=starts,
+            num_new=num_new,
+            decode_row=decode_row,
+            decode_split=decode_split,
+            prefill_row=prefill_row,
+            prefill_tile=prefill_tile,
+            merge_row=merge_row,
+            partial_at=splits.cumsum() - splits,
+        )
+        args = self._args
+        args.num_threads = torch.get_num_threads()
+        args.num_tokens = len(self._slots)
+        args.slots = self._slots.data_ptr()
+        args.num_decode, args.num_prefill, args.num_merge = len(decode_row), len(prefill_row), len(merge_row)
+        size = len(decode_row) * args.num_heads * (self._head_dim + 2)
+        if size > self._partials.numel():
+            self._partials = torch.empty(size)
+        args.partials = self._partials.data_ptr()
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._kernels.write_kv(
+            self._address, layer, self._head_dim, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)
+        )
+
+    def forward(self, layer: int, q: Tensor) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self._kernels.attend(self._address, layer, self._head_dim, q.data_ptr(), q.stride(0), out.data_ptr())
+        return out
+
+    def _point_at(self, **arrays: np.ndarray) -> None:
+        """All in one buffer: asking numpy for an address costs a microsecond."""
+        self._arrays = np.concatenate(list(arrays.values()))
+        address = self._arrays.ctypes.data
+        for name, array in arrays.items():
+            setattr(self._args, name, address)
+            address += array.nbytes
+
+
+def _tasks(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, number within the row) of `counts[row]` tasks of each row."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)

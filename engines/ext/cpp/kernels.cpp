@@ -1,0 +1,54 @@
+// The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
+#include "prefill_attention.h"
+
+using celeriac::bf16;
+using celeriac::Step;
+
+namespace {
+
+template <typename T, int D>
+void attend_as(const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out) {
+  if (step.num_decode) celeriac::attend_decode<T, D>(step, layer, q, q_stride, out);
+  if (step.num_prefill) celeriac::attend_prefill<T, D>(step, layer, q, q_stride, out);
+}
+
+// -1: no kernel for this head_dim (also in library.py).
+template <typename T>
+int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_t q_stride, T* out) {
+  switch (head_dim) {
+    case 16: attend_as<T, 16>(step, layer, q, q_stride, out); return 0;
+    case 32: attend_as<T, 32>(step, layer, q, q_stride, out); return 0;
+    case 64: attend_as<T, 64>(step, layer, q, q_stride, out); return 0;
+    case 80: attend_as<T, 80>(step, layer, q, q_stride, out); return 0;
+    case 96: attend_as<T, 96>(step, layer, q, q_stride, out); return 0;
+    case 128: attend_as<T, 128>(step, layer, q, q_stride, out); return 0;
+    default: return -1;
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                              \
+  extern "C" int attend_##NAME(const Step* step, int64_t layer, int64_t head_dim, const T* q, int64_t q_stride,      \
+                               T* out) {                                                                             \
+    return attend(*step, layer, head_dim, q, q_stride, out);                                                         \
+  }                                                                                                                  \
+  extern "C" void write_kv_##NAME(const Step* step, int64_t layer, int64_t head_dim, const T* k, int64_t k_stride,   \
+                                  const T* v, int64_t v_stride) {                                                    \
+    celeriac::write_kv(*step, layer, head_dim, k, k_stride, v, v_stride);                                            \
+  }                                                                                                                  \
+  extern "C" void norm_##NAME(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_stride,           \
+                              const T* delta, const T* weight, float eps, T* out, int64_t out_stride,                \
+                              int64_t num_threads) {                                                                 \
+    celeriac::norm(num_tokens, num_heads, size, x, x_stride, delta, weight, eps, out, out_stride, num_threads);      \
+  }                                                                                                                  \
+  extern "C" void silu_mul_##NAME(int64_t num_tokens, int64_t size, const T* gate_up, T* out, int64_t num_threads) { \
+    celeriac::silu_mul(num_tokens, size, gate_up, out, num_threads);                                                 \
+  }                                                                                                                  \
+  extern "C" void rotate_##NAME(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_stride,         \
+                                const T* cos, const T* sin, int64_t num_threads) {                                   \
+    celeriac::rotate(num_tokens, num_heads, size, x, x_stride, cos, sin, num_threads);                               \
+  }
+
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)

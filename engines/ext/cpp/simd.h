@@ -1,0 +1,131 @@
+// Vectors of floats, bfloat16 storage, exp: what all kernels share.
+//
+// GCC vector extensions, so the same source serves AVX-512, AVX2 and NEON; `-march=native` picks the width.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace celeriac {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kVectorRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16 x) {
+  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &wide, 4);
+  return y;
+}
+
+inline void store(float* to, float x) { *to = x; }
+
+// Round to nearest even; NaN stays NaN.
+inline void store(bf16* to, float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec load(const bf16* from) {
+  VecH h;
+  std::memcpy(&h, from, sizeof h);
+  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline VecH round_bf16(Vec v) {
+  VecU u = (VecU)v;
+  VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  VecI is_nan = v != v;
+  return __builtin_convertvector(is_nan ? (VecU{} + 0x7fc0) : rounded, VecH);
+}
+
+inline void store(bf16* to, Vec v) {
+  VecH h = round_bf16(v);
+  std::memcpy(to, &h, sizeof h);
+}
+
+// Halves onto halves: the order of addition is fixed.
+template <int N>
+struct Sum {
+  typedef float Whole __attribute__((vector_size(4 * N)));
+  typedef float Half __attribute__((vector_size(2 * N)));
+  static float of(Whole v) {
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
+    return Sum<N / 2>::of(low + high);
+  }
+};
+
+template <>
+struct Sum<2> {
+  typedef float Whole __attribute__((vector_size(8)));
+  static float of(Whole v) { return v[0] + v[1]; }
+};
+
+inline float sum(Vec v) { return Sum<kLanes>::of(v); }
+
+inline Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float max(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x, within 2 ulp on [-87, 88] and clamped outside; exp(0) is exactly 1; NaN stays NaN. Polynomial as in Cephes.
+inline Vec exp(Vec x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  Vec shifted = x * 1.44269504088896341f + magic;
+  VecI n = (VecI)shifted - 0x4b400000;
+  Vec whole = shifted - magic;
+  Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (Vec)((n + 127) << 23);
+}
+
+}  // namespace celeriac
