@@ -11,13 +11,15 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from compose.overdue_writers import OverdueWriters
 from configs.schema import Settings
 from kvstore.clock import Clock
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StateUnavailable
 from kvstore.state.records import WorkerBeat
 from kvstore.state.store import StateStore
 
@@ -52,10 +54,15 @@ class WorkerWatch:
         self._seen: dict[int, Seen] = {}
         self._to_evict: list[str] = []
         self._sender: Sender | None = None
+        self._overdue = OverdueWriters(is_engine=is_engine)
         self.beats: dict[int, WorkerBeat] = {}
 
-    def poll(self) -> None:
-        """Read the registry, at most twice a second, and repeat what a silent state server has missed."""
+    def poll(self, own_pids: Iterable[int] = ()) -> None:
+        """Read the registry, at most twice a second, and repeat what a silent state server has missed.
+
+        Args:
+            own_pids: of the fronts that the supervisor started: their engines may be ended for an unanswered fence.
+        """
         if self._clock() - self._polled_s < POLL_EVERY_S:
             return
         self._polled_s = self._clock()
@@ -69,6 +76,7 @@ class WorkerWatch:
             seen.incarnations.add(beat.incarnation)
             seen.engine_pids.update(beat.engine_pids)
         self._evict_due()
+        self._overdue.end(beats, own_pids)
 
     def died(self, pid: int) -> None:
         """The front `pid` is gone, proven by waitpid. Its engine ends with it; only then nobody writes any more."""
@@ -87,6 +95,8 @@ class WorkerWatch:
             try:
                 evicted = self._store.evict(incarnation, "exited")
                 self._store.retire(incarnation)
+            except StateUnavailable:
+                return  # the next poll repeats it
             except KVStoreError as error:
                 _log.warning("evicting %s waits: %s", incarnation, error)
                 return

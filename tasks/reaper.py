@@ -16,7 +16,8 @@ from kombu.exceptions import OperationalError
 
 from configs.schema import Settings
 from kvstore.clock import now_s
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StateUnavailable
+from kvstore.outage import OutageLog
 from tasks.conf import PRIORITY_STEPS, configure
 from tasks.names import generate_queue, prefill_queue
 from tasks.wakeups import WakeupSender
@@ -71,6 +72,8 @@ class Reaper:
         while not self._stopped.wait(PERIOD_S * random.uniform(0.8, 1.2)):
             try:
                 self.reap_once()
+            except StateUnavailable:
+                continue  # told by the connection; nothing is lost, the next look repeats it
             except KVStoreError as error:
                 log.warning("reaping failed, trying again: %s", error)
             except Exception:
@@ -102,21 +105,21 @@ class BrokerQueues:
         self._app = make_app() if make_app else Celery("celeriac-queues", set_as_current=False)
         configure(self._app, settings)
         self._connection = self._app.connection_for_read()
+        self._outage = OutageLog(log, "broker")
 
     def are_empty(self, *queues: str) -> bool:
         """False also when the broker does not answer: then nobody may conclude that a message got lost."""
         try:
             channel = self._connection.default_channel
-            for queue in queues:
-                keys = [channel._q_for_pri(queue, priority) for priority in PRIORITY_STEPS]
-                with channel.conn_or_acquire() as client:
-                    if any(client.llen(key) for key in keys):
-                        return False
+            keys = [channel._q_for_pri(queue, priority) for queue in queues for priority in PRIORITY_STEPS]
+            with channel.conn_or_acquire() as client:
+                is_empty = not any(client.llen(key) for key in keys)
         except (OperationalError, OSError, *self._connection.connection_errors) as error:
-            log.warning("the broker's queues are unknown: %s", error)
+            self._outage.failed("LLEN", type(error).__name__)
             self._connection.collapse()
             return False
-        return True
+        self._outage.answered()
+        return is_empty
 
     def close(self) -> None:
         self._connection.release()

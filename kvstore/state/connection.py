@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvstore.errors import StateError, StateUnavailable
+from kvstore.outage import OutageLog
 from kvstore.state.library import Library, build_of
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Connection:
 
     def __init__(self, url: str, *, library: Library, timeout_s: float) -> None:
         self._library = library
+        self._outage = OutageLog(_log, "state server")
         self._client = _client(url, timeout_s=timeout_s)
         # A blocking read may rest for MAX_BLOCK_S; a shared timeout that long would hide a hanging server elsewhere.
         self._blocking = _client(url, timeout_s=timeout_s + MAX_BLOCK_S)
@@ -120,6 +122,16 @@ class Connection:
         _log.info("loaded function library %s build %d", self._library.name, self._library.build)
 
     def _guarded(self, name: str, send: Callable[[], _T], *, may_load: bool = True) -> _T:
+        """`send()` with typed errors. The one place that tells an outage: callers repeat in silence."""
+        try:
+            reply = self._typed(name, send, may_load=may_load)
+        except StateUnavailable as error:
+            self._outage.failed(name, error.reason)
+            raise
+        self._outage.answered()
+        return reply
+
+    def _typed(self, name: str, send: Callable[[], _T], *, may_load: bool) -> _T:
         try:
             return send()
         except redis.exceptions.TimeoutError as error:
@@ -135,7 +147,7 @@ class Connection:
         except redis.exceptions.ResponseError as error:
             if may_load and "Function not found" in str(error):
                 self.load_library()
-                return self._guarded(name, send, may_load=False)
+                return self._typed(name, send, may_load=False)
             if _code(error).upper() in _LATER_CODES:
                 raise StateUnavailable(command=name, reason=_code(error), detail=str(error)) from error
             raise StateError(f"{name} was refused by the state server: {error}", command=name) from error

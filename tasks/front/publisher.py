@@ -69,8 +69,7 @@ class Publisher:
         ctx, called_s = self._ctx, self._ctx.clock()
         try:
             replies = ctx.store.append_batch([item for _, _, item in batch])
-        except StateUnavailable as error:
-            log.warning("tokens wait, the state server gives no answer: %s", error.reason)
+        except StateUnavailable:
             self._not_before_s = ctx.clock() + RETRY_S
             return
         except KVStoreError:

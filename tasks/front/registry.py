@@ -6,7 +6,7 @@ import logging
 import os
 
 from engines.messages import Peers
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StateUnavailable
 from kvstore.state.records import WorkerBeat
 from tasks.front.context import FrontContext
 from tasks.front.peers import PeerTable
@@ -42,6 +42,8 @@ class Registry:
             ctx.store.heartbeat(self._beat(free_hands=free_hands, num_waiting=num_waiting))
             if ctx.options.role == "prefill":
                 self._refresh_peers()
+        except StateUnavailable:
+            return  # the next beat is half a second away
         except KVStoreError as error:
             log.warning("no beat: %s", error)
 
@@ -84,4 +86,5 @@ class Registry:
             host_id=ready.address.host_id,
             blocks=blocks,
             counters={} if stats is None else stats.counters,
+            overdue_writers=[] if stats is None else stats.overdue_writers,
         )

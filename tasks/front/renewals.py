@@ -77,8 +77,7 @@ class Renewals:
         held = [request for request in ctx.live.values() if request.phase is not Phase.TAKEN]
         try:
             lost = ctx.store.renew([request.renew_item() for request in held]) if held else []
-        except StateUnavailable as error:
-            log.warning("%d leases were not renewed: %s", len(held), error.reason)
+        except StateUnavailable:
             return False
         self.fence.renewed(called_s)
         ctx.link.send(Lease())

@@ -99,10 +99,9 @@ class RepeatedCalls:
     def _try(self, head: _Call) -> bool:
         try:
             reply = head.call()
-        except StateUnavailable as error:
+        except StateUnavailable:
             self._retry_s = min(max(2 * self._retry_s, RETRY_FIRST_S), RETRY_MAX_S)
             self._retry_at_s = self._clock() + self._retry_s
-            log.warning("%s: no answer, repeating: %s", head.what, error.reason)
             return False
         except KVStoreError as error:
             self._queue.popleft()

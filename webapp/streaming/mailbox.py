@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from typing import Final, Protocol
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StateUnavailable
 from kvstore.state.entries import FeedItem
 
 _log = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ class FeedReader:
         while not self._stopped.is_set():
             try:
                 self.deliver(self._store.read_feed(self._gateway, cursors, BLOCK_MS))
+            except StateUnavailable:
+                self._stopped.wait(RETRY_S)
             except KVStoreError as error:
                 _log.warning("the feed cannot be read, trying again: %s", error)
                 self._stopped.wait(RETRY_S)

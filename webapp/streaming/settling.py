@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore.clock import Clock, now_s
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StateUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class Settler:
             for rid, reason in self.due():
                 try:
                     self._cancel(rid, reason)
+                except StateUnavailable:
+                    continue  # one of its later calls will be answered, or the record ends by its deadline
                 except KVStoreError as error:
                     _log.warning("request %s: its end could not be settled: %s", rid, error)
                 except Exception:
