@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def engine(
     """Measure the engine process alone: decode and prefill speed, beside what the machine can do."""
     if sum((isolation, profile, compare is not None)) > 1:
         raise click.UsageError("--isolation, --profile and --compare exclude each other")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
     try:
         if isolation:
             spec = IsolationSpec(num_rounds=rounds, num_requests=num_requests, model=model, dtype=dtype or "float32")

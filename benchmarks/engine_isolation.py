@@ -135,8 +135,7 @@ def _running(spec: IsolationSpec, say: Say) -> Iterator[Sides]:
         incarnation = next(str(w["incarnation"]) for w in cluster.status["workers"] if w["role"] == "decode")
         solo_argv = [sys.executable, "-m", "engines.solo", "--jobs", "--cpus", ",".join(map(str, cpus))]
         say("starting engines.solo on the same cores")
-        solo_env = {**env, "CELERIAC_RUN_DIR": str(folder / "solo")}
-        solo = stack.enter_context(Program("engines.solo", solo_argv, env=solo_env))
+        solo = stack.enter_context(Program("engines.solo", solo_argv, env=env))
         loaded_log = StepLogReader(folder / f"{incarnation}.steps")
         alone_log = StepLogReader(folder / "solo.steps")
         yield Sides(cluster, solo, loaded_log, alone_log, cpus, others)

@@ -28,13 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Program:
-    """One running program. A context manager: it is ended on the way out, by force if need be."""
+    """One running program, with a run folder of its own. A context manager: it is ended on the way out, by force if
+    need be."""
 
     def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str]) -> None:
         self.name = name
         self.facts: dict[str, Any] = {}
         self._argv = list(argv)
-        self._env = {**os.environ, **env}
+        self._scratch = tempfile.TemporaryDirectory(prefix="celeriac-bench-")
+        self._env = {**os.environ, "CELERIAC_RUN_DIR": self._scratch.name, **env}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
@@ -80,6 +82,7 @@ class Program:
                 process.wait()
             process.stdout.close()
         self._log.close()
+        self._scratch.cleanup()
 
     def _read_line(self, timeout_s: float) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None

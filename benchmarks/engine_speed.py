@@ -109,7 +109,6 @@ def solo_program(model: Path, cpus: Sequence[int], dtype: str, *, env: dict[str,
         "CELERIAC_MODEL__PATH": str(model),
         "CELERIAC_MODEL__DTYPE": dtype,
         "CELERIAC_DECODE__MAX_NUM_BATCHED_TOKENS": str(MAX_NUM_BATCHED_TOKENS),
-        "CELERIAC_RUN_DIR": str(Path(tempfile.gettempdir(), f"celeriac-solo-{os.getpid()}")),
     }
     return Program(OURS, argv, env={**settings, **(env or {})})
 

@@ -65,7 +65,10 @@ def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore, timer: StepTime
     while True:
         wait_s = 0.0 if is_busy else max(core.next_wakeup_s() - now_s(), 0.0)
         ready = poller.poll(min(wait_s, 1.0) * 1e3)
-        timer.split("poll")
+        if is_busy:
+            timer.split("poll")
+        else:
+            timer.reset()  # it waited for work; that belongs to no step
         for fd, _ in ready:
             if fd == link.sock.fileno():
                 for body in link.frames():
