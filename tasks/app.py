@@ -14,7 +14,7 @@ from click import Choice, Option
 import configs
 from configs.origin_check import check_origin
 from configs.schema import Settings
-from tasks import commands, decode, generate, prefill
+from tasks import commands, decode, generate, prefill, worker_logs
 from tasks.bootsteps import EngineStep, TaskSourceStep
 from tasks.conf import configure, configure_worker
 from tasks.errors import WorkerStartError
@@ -40,6 +40,7 @@ def make_app(settings: Settings) -> Celery:
     application.steps["worker"].add(EngineStep)
     application.steps["consumer"].add(TaskSourceStep)
     commands.install()
+    worker_logs.install()
     return application
 
 
