@@ -134,7 +134,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._keep_valkey()
-        self._watch.poll()
+        self._watch.poll(own_pids=[child.pid for child in self.children if child.spec.kind == "worker"])
         for child in self.children:
             death = child.poll_death()
             if death is not None:

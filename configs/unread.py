@@ -21,8 +21,6 @@ UNREAD: Final[Mapping[str, tuple[Callable[[Any], bool] | None, str]]] = {
     "prefill.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "decode.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "transfer.protocol": (lambda protocol: protocol == "rdma", "the rdma transport is not built yet"),
-    "transfer.grant_lease_s": (_any_but_default, "grants have a fixed lease"),
-    "transfer.fence_kill_s": (_any_but_default, "writers that leave a fence unanswered are not ended yet"),
     "decode.max_batch_size": (_any_but_default, "sequences join one by one, `decode.max_num_seqs` is the limit"),
 }
 

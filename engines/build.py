@@ -29,7 +29,7 @@ from engines.structured.grammar import Vocabulary
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
-from kvstore.transport import KVNode
+from kvstore.transport import KVNode, Times
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
         checksum=settings.transfer.checksum,
+        times=Times.with_leases(
+            grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
+        ),
     )
     scheduler = _scheduler(config.role, settings, pool, cache)
     timer: StepTimer = OFF

@@ -42,7 +42,14 @@ class EngineFigures:
             "used": self._pool.num_used - sum(grants.values()),
             **{state.lower(): count for state, count in grants.items()},
         }
-        return Stats(blocks=blocks, live=live, waiting=waiting, step_ms=self._step_ms, counters=self._counters())
+        return Stats(
+            blocks=blocks,
+            live=live,
+            waiting=waiting,
+            step_ms=self._step_ms,
+            counters=self._counters(),
+            overdue_writers=list(self._kv.overdue_writers()),
+        )
 
     def _counters(self) -> dict[str, float]:
         counters = dict(self._totals)

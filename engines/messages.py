@@ -23,6 +23,7 @@ import msgspec
 
 from engines.params import SamplingParams
 from kvstore.address import KVAddress
+from kvstore.overdue import OverdueWriter
 from kvstore.state.entries import PromptLogprobs, TokenLogprobs
 
 
@@ -223,6 +224,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     waiting: int
     step_ms: float
     counters: dict[str, float] = {}
+    overdue_writers: list[OverdueWriter] = []  # they leave a FENCE of this engine unanswered
 
 
 EngineMessage = (

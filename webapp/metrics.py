@@ -99,6 +99,9 @@ class _WorkerCollector:
         workers = GaugeMetricFamily("celeriac_worker_up", "Live workers", labels=["node", "role", "model"])
         live = GaugeMetricFamily("celeriac_live_sequences", "Sequences held by a worker", labels=["node"])
         step = GaugeMetricFamily("celeriac_step_seconds", "Recent step time of a worker", labels=["node"])
+        overdue = GaugeMetricFamily(
+            "celeriac_kv_overdue_writers", "Writers that leave a fence of this worker unanswered", labels=["node"]
+        )
         counters = CounterMetricFamily("celeriac_worker_events", "Counters of a worker", labels=["node", "event"])
         for beat in beats:
             for state, count in beat.blocks.items():
@@ -106,9 +109,10 @@ class _WorkerCollector:
             workers.add_metric([beat.node, beat.role, beat.model], 1)
             live.add_metric([beat.node], beat.live)
             step.add_metric([beat.node], beat.step_ms / 1000)
+            overdue.add_metric([beat.node], len(beat.overdue_writers))
             for name, value in beat.counters.items():
                 counters.add_metric([beat.node, name], value)
-        yield from (blocks, workers, live, step, counters)
+        yield from (blocks, workers, live, step, overdue, counters)
 
 
 def _states(states: Mapping[str, int]) -> Metric:

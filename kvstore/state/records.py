@@ -8,6 +8,7 @@ import msgspec
 
 from kvstore.address import KVAddress
 from kvstore.errors import BadRecord
+from kvstore.overdue import OverdueWriter
 from kvstore.state.transitions import RequestState
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -137,6 +138,7 @@ class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
     host_id: str = ""
     blocks: dict[str, int] = {}
     counters: dict[str, float] = {}
+    overdue_writers: list[OverdueWriter] = []
 
 
 def accept_arguments(new: NewRequest) -> list[str | bytes | int]:

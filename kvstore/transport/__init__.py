@@ -4,6 +4,7 @@ Owns bytes in a `KVRegion`, the wire format, and the states of transfers at both
 schedulers or Redis: blocks are ids, a request is an opaque id with an epoch and a token.
 """
 
+from kvstore.overdue import OverdueWriter
 from kvstore.transport.errors import BadFrame, HandshakeRefused, RegionError, TransportError
 from kvstore.transport.events import (
     Arrived,
@@ -18,7 +19,6 @@ from kvstore.transport.events import (
     SourceFree,
 )
 from kvstore.transport.node import KVNode
-from kvstore.transport.receiver import OverdueWriter
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import Times
 

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 
 from kvstore.address import KVAddress
 from kvstore.clock import Clock, now_s
+from kvstore.overdue import OverdueWriter
 from kvstore.transport.errors import TransportError
 from kvstore.transport.events import Event, ReserveRequested
 from kvstore.transport.listeners import TcpListener, UnixListener
 from kvstore.transport.loop import Loop
-from kvstore.transport.receiver import OverdueWriter, ReceiverSide
+from kvstore.transport.receiver import ReceiverSide
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import NodeContext, Times, host_id
 from kvstore.transport.transfers import Transfer
@@ -203,7 +204,7 @@ class KVNode:
         return dict(self._receiver.blocks_by_state)
 
     def overdue_writers(self) -> tuple[OverdueWriter, ...]:
-        """Writers that have left FENCE unanswered for 3 s."""
+        """Writers that have left FENCE unanswered for `Times.fence_kill_s`, as of the last 0.1 s."""
         return self._receiver.overdue
 
     def counters(self) -> dict[str, int]:

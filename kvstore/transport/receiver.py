@@ -25,6 +25,7 @@ from kvstore.blocks import (
     SendRefused,
     Verify,
 )
+from kvstore.overdue import OverdueWriter
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame
@@ -48,17 +49,6 @@ from kvstore.transport.reader_link import ReaderLink, ReaderPhase
 from kvstore.transport.settings import NodeContext
 
 MAX_LINKS = 512
-FENCE_KILL_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class OverdueWriter:
-    """A writer that leaves FENCE unanswered. On this host (`pid`) it may be killed; another host's needs an alert."""
-
-    xfer: str
-    peer: str
-    pid: int
-    num_blocks: int
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +66,7 @@ class ReceiverSide:
     """Owned by the `kv` thread; `blocks_by_state` and `overdue` are snapshots for other threads."""
 
     def __init__(self, context: NodeContext, loop: Loop) -> None:
-        self.table = GrantTable(context.incarnation)
+        self.table = GrantTable(context.incarnation, lease_s=context.times.grant_lease_s)
         self.blocks_by_state = self.table.blocks_by_state()
         self.overdue: tuple[OverdueWriter, ...] = ()
         self._context = context
@@ -179,7 +169,8 @@ class ReceiverSide:
         for link in list(self._links.values()):
             link.tick(now_s)
         self._perform(self.table.tick(now_s))
-        self.overdue = tuple(self._overdue(grant) for grant in self.table.overdue(now_s, after_s=FENCE_KILL_S))
+        after_s = self._context.times.fence_kill_s
+        self.overdue = tuple(self._overdue(grant) for grant in self.table.overdue(now_s, after_s=after_s))
         return bool(self._links) or self.table.next_due_s() is not None
 
     def stop(self) -> None:
@@ -268,7 +259,7 @@ class ReceiverSide:
     def _overdue(self, grant: Grant) -> OverdueWriter:
         link = self._links.get(grant.peer)
         pid, peer = (link.pid, link.peer) if link is not None else (0, "")
-        return OverdueWriter(grant.reservation.xfer, peer, pid, len(grant.blocks))
+        return OverdueWriter(xfer=grant.reservation.xfer, peer=peer, pid=pid, num_blocks=len(grant.blocks))
 
     @property
     def num_open_links(self) -> int:

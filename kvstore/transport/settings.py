@@ -31,9 +31,16 @@ class Times:
     commit_every_s: float = 0.5
     commit_s: float = 3.0
     renew_s: float = 1.0
+    grant_lease_s: float = 5.0  # the receiver takes back a grant that nobody has renewed for so long
+    fence_kill_s: float = 3.0  # a writer that leaves FENCE unanswered so long is overdue
     engine_s: float = 5.0  # an engine thread that does not look at its events so long does not renew its grants
     backoff_min_s: float = 0.1
     backoff_max_s: float = 2.0
+
+    @classmethod
+    def with_leases(cls, *, grant_lease_s: float, fence_kill_s: float) -> Times:
+        """The usual times around these two. A short lease is renewed more often: two renewals may be lost."""
+        return cls(renew_s=min(1.0, grant_lease_s / 3), grant_lease_s=grant_lease_s, fence_kill_s=fence_kill_s)
 
 
 @dataclass(eq=False)
