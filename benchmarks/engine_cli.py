@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.stats import Ratio
 
 OUTPUT_WIDTH = 140  # in a file or a pipe
+QUIET_LOAD = 0.5
 Printer = Callable[[Console, Sequence[dict[str, Any]]], None]
 
 
@@ -69,12 +71,15 @@ def engine(
     """Measure the engine process alone: decode and prefill speed, beside what the machine can do."""
     if sum((isolation, profile, compare is not None)) > 1:
         raise click.UsageError("--isolation, --profile and --compare exclude each other")
+    load_before = os.getloadavg()[0]
+    if load_before > QUIET_LOAD:
+        _say(f"notice: other programs run here (load average {load_before:.1f}): only ratios of rounds mean something")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
     try:
         if isolation:
             spec = IsolationSpec(num_rounds=rounds, num_requests=num_requests, model=model, dtype=dtype or "float32")
             rows, ratios = measure_isolation(spec, say=_say)
-            _show(as_json, rows, ratios, printer=engine_report.print_isolation, num_rounds=rounds)
+            _show(as_json, load_before, rows, ratios, printer=engine_report.print_isolation, num_rounds=rounds)
             return
         speed = SpeedSpec(
             shapes=shapes or tuple(SHAPES),
@@ -85,11 +90,12 @@ def engine(
             decode_tokens=decode_tokens,
         )
         if profile:
-            _show(as_json, measure_profile(speed, say=_say), {}, printer=engine_report.print_profile, num_rounds=rounds)
+            rows, ratios = measure_profile(speed, say=_say)
+            _show(as_json, load_before, rows, ratios, printer=engine_report.print_profile, num_rounds=rounds)
             return
         rival = _vllm(vllm_venv, eager=vllm_eager) if compare else None
         rows, ratios = measure_speed(speed, say=_say, make_rival=rival)
-        _show(as_json, rows, ratios, printer=engine_report.print_speed, num_rounds=rounds)
+        _show(as_json, load_before, rows, ratios, printer=engine_report.print_speed, num_rounds=rounds)
     except BenchError as error:
         raise click.ClickException(str(error)) from error
 
@@ -102,6 +108,7 @@ def _vllm(venv: Path | None, *, eager: bool) -> Callable[..., Any]:
 
 def _show(
     as_json: bool,
+    load_before: float,
     rows: Sequence[dict[str, Any]],
     ratios: dict[str, Ratio],
     *,
@@ -110,13 +117,14 @@ def _show(
 ) -> None:
     machine = describe_machine()
     if as_json:
-        with_machine = [{**row, "machine": machine["cpu"], "num_cores": machine["num_usable_cores"]} for row in rows]
-        click.echo(report.to_json(report.result_object(machine, with_machine, ratios)))
+        facts = {"machine": machine["cpu"], "num_cores": machine["num_usable_cores"], "load_before": load_before}
+        click.echo(report.to_json(report.result_object(machine, [{**row, **facts} for row in rows], ratios)))
         return
     console = Console()
     if not console.is_terminal:
         console = Console(width=OUTPUT_WIDTH)
     engine_report.print_machine(console, machine)
+    console.print(f"load average before the start: {load_before:.1f}")
     printer(console, rows)
     if ratios:
         engine_report.print_ratios(console, ratios, num_rounds=num_rounds)

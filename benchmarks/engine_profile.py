@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.engine_cases import Case
-from benchmarks.engine_shapes import SHAPES
+from benchmarks.engine_shapes import SHAPES, Shape
 from benchmarks.engine_speed import SpeedSpec, model_folder, solo_program
-from benchmarks.stats import percentile
+from benchmarks.stats import Ratio, paired_ratio, percentile
 
 PARTS: Final = {
     "poll": "look for messages and KV events",
@@ -28,31 +27,29 @@ PARTS: Final = {
     "other": "grants, stats, finish rules",
 }
 FORWARD_PARTS: Final = ("forward", "logits")
+OVERHEAD_CASE: Final = "decode_b32"
+OVERHEAD_GOAL_MS: Final = 1.0
 
 
-def measure_profile(spec: SpeedSpec, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row per shape and case: medians over the steps of the case.
+def measure_profile(spec: SpeedSpec, *, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, Ratio]]:
+    """A row per shape and case: medians over the steps of the case. Of decode at batch 32 also the milliseconds outside
+    the forward pass, with the interval over the rounds, against the goal of 1 ms.
 
     Raises:
         BenchError: the engine failed.
     """
     rows: list[dict[str, Any]] = []
+    ratios: dict[str, Ratio] = {}
     for name in spec.shapes:
-        shape = SHAPES[name]
-        with tempfile.TemporaryDirectory(prefix="celeriac-profile-") as logs, model_folder(shape, say) as model:
-            say(f"{name}: starting the engine")
-            log = Path(logs, "solo.parts")
-            env = {"CELERIAC_STEP_PROFILE": logs}
-            with solo_program(model, spec.cpus, spec.dtype, env=env) as engine:
-                for k in range(spec.num_rounds + 1):  # the first round is a warm-up
-                    for number, case in enumerate(spec.chosen_cases()):
-                        case.measure(engine.run, decode_tokens=spec.decode_tokens, seed=1000 * k + number)
-                    say(f"{name}: " + (f"round {k} of {spec.num_rounds}" if k else "warm-up"))
-                    if k == 0:
-                        num_warm_up = len(_steps(log))
-            steps = _steps(log)[num_warm_up:]
-        rows += [_row(replace(spec, shapes=(name,)), case, steps) for case in spec.chosen_cases()]
-    return rows
+        rounds = _run_rounds(spec, SHAPES[name], say)
+        for case in spec.chosen_cases():
+            rows.append(_row(spec, SHAPES[name], case, [step for steps in rounds for step in steps]))
+            if case.name == OVERHEAD_CASE:
+                medians = [percentile([overhead_ms(step) for step in _of_case(case, steps)], 0.5) for steps in rounds]
+                ratios[f"step_outside_forward_b32_{name}_ms"] = paired_ratio(
+                    medians, [1.0] * len(medians), goal=OVERHEAD_GOAL_MS, at_most=True
+                )
+    return rows, ratios
 
 
 def overhead_ms(step: dict[str, Any]) -> float:
@@ -60,12 +57,33 @@ def overhead_ms(step: dict[str, Any]) -> float:
     return sum(float(ms) for part, ms in step["parts_ms"].items() if part not in FORWARD_PARTS)
 
 
-def _row(spec: SpeedSpec, case: Case, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _run_rounds(spec: SpeedSpec, shape: Shape, say: Callable[[str], None]) -> list[list[dict[str, Any]]]:
+    """The steps of each round. A round before them is a warm-up."""
+    rounds: list[list[dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory(prefix="celeriac-profile-") as logs, model_folder(shape, say) as model:
+        say(f"{shape.name}: starting the engine")
+        log, num_seen = Path(logs, "solo.parts"), 0
+        with solo_program(model, spec.cpus, spec.dtype, env={"CELERIAC_STEP_PROFILE": logs}) as engine:
+            for k in range(spec.num_rounds + 1):
+                for number, case in enumerate(spec.chosen_cases()):
+                    case.measure(engine.run, decode_tokens=spec.decode_tokens, seed=1000 * k + number)
+                say(f"{shape.name}: " + (f"round {k} of {spec.num_rounds}" if k else "warm-up"))
+                steps = _steps(log)
+                rounds.append(steps[num_seen:])
+                num_seen = len(steps)
+    return rounds[1:]
+
+
+def _of_case(case: Case, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     num_tokens = case.num_seqs if case.phase == "decode" else case.num_seqs * case.input_len
-    chosen = [step for step in steps if (step["num_seqs"], step["num_tokens"]) == (case.num_seqs, num_tokens)]
+    return [step for step in steps if (step["num_seqs"], step["num_tokens"]) == (case.num_seqs, num_tokens)]
+
+
+def _row(spec: SpeedSpec, shape: Shape, case: Case, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    chosen = _of_case(case, steps)
     overheads = [overhead_ms(step) for step in chosen]
     return {
-        "shape": spec.shapes[0],
+        "shape": shape.name,
         "case": case.name,
         "dtype": spec.dtype,
         "num_threads": len(spec.cpus),

@@ -96,3 +96,17 @@ def test_compare_interleaves_equal_loads_and_gives_ratios() -> None:
     assert [row["num_ok"] for row in rows] == [6, 6]
     assert sorted(json.dumps(body) for body in first.bodies) == sorted(json.dumps(body) for body in second.bodies)
     assert {"ttft_p50", "itl_p99", "output_tokens_per_s", "goodput_rps"} <= set(ratios)
+
+
+def test_engine_measures_one_thing_at_a_time() -> None:
+    result = CliRunner().invoke(bench, ["engine", "--isolation", "--profile"])
+
+    assert result.exit_code == 2
+    assert "exclude each other" in result.output
+
+
+def test_engine_refuses_more_threads_than_cores() -> None:
+    result = CliRunner().invoke(bench, ["engine", "--threads", "100000"])
+
+    assert result.exit_code == 1
+    assert "--threads 100000 needs 100000 cores" in result.output
