@@ -15,6 +15,8 @@ from compose.ports import port_problem
 from configs.dump import without_password
 from configs.schema import Settings
 from configs.units import format_size
+from engines.errors import ModelError
+from engines.models.context import context_length
 from kvstore.errors import StateUnavailable
 from kvstore.state.server_facts import ServerFacts, server_facts
 
@@ -103,15 +105,19 @@ def check_model(settings: Settings, folder: Path, found: Findings) -> None:
     """KV for one longest request fits a worker, and all workers fit this machine."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        block_bytes = kv_bytes_per_block(config, settings)
-        limit = int(config.get("max_position_embeddings", 0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        limit = context_length(folder)
+    except (OSError, ValueError, ModelError) as error:
         found.problems.append(f"model.path: {folder / 'config.json'} cannot be used ({error}).")
         return
-    if limit and settings.model.max_model_len > limit:
+    if settings.model.max_model_len > limit:
         found.problems.append(
             f"model.max_model_len: {settings.model.max_model_len} is above the model's limit {limit}."
         )
+        return
+    try:
+        block_bytes = kv_bytes_per_block(config, settings)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        found.notices.append("kv: how much memory a token takes shows only when the model is loaded; workers check it.")
         return
     longest = settings.model.max_model_len or limit
     num_blocks = settings.kv.num_blocks or settings.kv.memory_bytes // block_bytes

@@ -16,7 +16,7 @@ from engines.factory import build_engine_model, choose_device, choose_dtype
 from engines.finish import FinishRule
 from engines.kv_region import KVTensor
 from engines.messages import EngineMessage
-from engines.models.config import ModelConfig
+from engines.models.shape import ModelShape
 from engines.models.source import resolve_model, weights_digest
 from engines.process import EngineConfig
 from engines.runner import ModelRunner
@@ -116,6 +116,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         layer_group_bytes=settings.transfer.layer_group_bytes,
         max_num_seqs=role.max_num_seqs,
         watermark_blocks=int(settings.decode.watermark * num_blocks),
+        prefix_cache=cache,
         on_step=_on_step(step_log, profile),
     )
     address = node.start()
@@ -133,7 +134,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     )
 
 
-def _vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
+def _vocabulary(folder: Path, config: ModelShape) -> Vocabulary:
     return Vocabulary(folder / "tokenizer.json", config.vocab_size, tuple(config.eos_token_ids))
 
 
@@ -150,13 +151,13 @@ def _on_step(step_log: StepLog | None, profile: StepProfile | None) -> Callable[
     return tell_all
 
 
-def _context(asked: int, config: ModelConfig) -> int:
+def _context(asked: int, config: ModelShape) -> int:
     if asked > config.max_position_embeddings:
         raise ContextTooLong(asked=asked, limit=config.max_position_embeddings)
     return asked or config.max_position_embeddings
 
 
-def compat_hash(digest: str, config: ModelConfig, block_size: int, dtype: str) -> str:
+def compat_hash(digest: str, config: ModelShape, block_size: int, dtype: str) -> str:
     """Equal on two workers only if one may read the other's KV: same weights, shapes, dtype, layout of a block."""
     layout = "num_layers,2,num_kv_heads,block_size,head_dim"
     shape = (config.num_layers, config.num_kv_heads, block_size, config.head_dim)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from engines.errors import DeviceUnavailable
+from engines.errors import DeviceUnavailable, UnsupportedModel
 from engines.ext.library import find_kernels
 from engines.linear.choose import choose_linear
 from engines.models.config import ModelConfig
+from engines.models.generic import GenericModel
+from engines.models.generic_loader import load_generic
 from engines.models.llama import LlamaModel
 from engines.models.loader import Progress, load_weights
+from engines.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def build_engine_model(
     progress: Progress | None = None,
     linear: str = "auto",
     kernels: str = "auto",
-) -> tuple[LlamaModel, ModelConfig]:
+) -> tuple[LlamaModel | GenericModel, ModelShape]:
     """Read config and weights of a model folder. Blocks until all is in memory and in the order its linears want.
 
     Args:
@@ -72,7 +75,11 @@ def build_engine_model(
         DeviceUnavailable, KernelsUnavailable: what was asked for by name is not to be had here.
     """
     started_s = time.monotonic()
-    config = ModelConfig.from_folder(folder)
+    try:
+        config = ModelConfig.from_folder(folder)
+    except UnsupportedModel as error:
+        logger.info("%s", error)
+        return load_generic(folder, dtype=dtype)
     weights = load_weights(folder, config, dtype=dtype, device=device, progress=progress)
     model = LlamaModel(
         config,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engines.models.config import ModelConfig
+from engines.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from kvstore.transport import KVRegion
@@ -26,12 +26,12 @@ class KVTensor:
         self._shared = shared
 
     @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(config: ModelShape, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of `block_size` tokens, keys and values of all layers."""
         return config.num_layers * 2 * config.kv_size * block_size * dtype.itemsize
 
     @classmethod
-    def create(cls, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVTensor:
+    def create(cls, config: ModelShape, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVTensor:
         """Allocate a shared region (a memfd) and see it as a tensor."""
         from kvstore.transport import KVRegion  # here, so that models and attention run without the transports
 

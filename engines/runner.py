@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.attention.backend import AttentionMetadata, AttentionRow
+from engines.attention.backend import AttentionBackend, AttentionMetadata, AttentionRow
 from engines.attention.choose import choose_attention
 from engines.errors import ForwardFailed, NonFiniteLogits
 from engines.kv_region import KVTensor
+from engines.models.generic import GenericModel
 from engines.models.llama import LlamaModel
 from engines.prompt_scores import PromptScores
 from engines.sampling.prompt_logprobs import score_tokens
@@ -51,13 +52,19 @@ class ModelRunner:
     """Owned by the engine thread. The only code that writes KV, apart from the transport's arrivals."""
 
     def __init__(
-        self, model: LlamaModel, region: KVTensor, *, device: str, dtype: torch.dtype, timer: StepTimer = OFF
+        self,
+        model: LlamaModel | GenericModel,
+        region: KVTensor,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        timer: StepTimer = OFF,
     ) -> None:
         assert model.dtype == dtype == region.kv.dtype, (model.dtype, dtype, region.kv.dtype)
         self._model = model
         self._region = region
         self._device = device
-        self._attention = choose_attention(region.kv, model.config.num_heads, model.kernels)
+        self._attention = _attention_of(model, region.kv)
         self._sampler = Sampler(model.config.eos_token_ids)
         self._timer = timer
 
@@ -168,6 +175,12 @@ class ModelRunner:
             found = [entry for entry in logprobs[lo:at] if entry is not None]
             sampled.append(SampledTokens(sequence, token_ids[lo:at], found or None))
         return sampled
+
+
+def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:
+    if isinstance(model, GenericModel):
+        return model.make_attention(kv)
+    return choose_attention(kv, model.config.num_heads, model.kernels)
 
 
 def _new_ids(item: ScheduledSequence) -> np.ndarray:

@@ -86,6 +86,7 @@ class ModelConfig:
             UnsupportedModel: another architecture, custom code, quantised weights, another rope or attention.
         """
         fields = _Fields(folder / "config.json")
+        _refuse_foreign_code(fields)
         family = _family(fields)
         _refuse_quantised(fields)
         _refuse_windows(fields, family)
@@ -167,15 +168,39 @@ def _read_object(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _family(fields: _Fields) -> str:
-    supported = f"Supported: {', '.join(FAMILIES)}."
+def refuse_unservable(folder: Path) -> None:
+    """What no runner serves, whatever the architecture.
+
+    Raises:
+        UnsupportedModel: code in the folder, or quantised weights.
+        BadModelConfig: config.json is unreadable.
+    """
+    fields = _Fields(folder / "config.json")
+    _refuse_foreign_code(fields)
+    _refuse_quantised(fields)
+
+
+def eos_token_ids_of(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of a model folder.
+
+    Raises:
+        BadModelConfig: they are no ids of the vocabulary.
+    """
+    return _eos_token_ids(folder, _Fields(folder / "config.json"), vocab_size)
+
+
+def _refuse_foreign_code(fields: _Fields) -> None:
     if auto_map := fields.get("auto_map"):
         files = sorted({str(target).split("--")[-1].split(".")[0] + ".py" for target in _flat_values(auto_map)})
         raise UnsupportedModel(
             fields.path,
             f"`auto_map` asks to run the folder's own code ({', '.join(files)})",
-            f"Code of a model folder is never run. {supported}",
+            f"Code of a model folder is never run. Supported: {', '.join(FAMILIES)}.",
         )
+
+
+def _family(fields: _Fields) -> str:
+    supported = f"Supported: {', '.join(FAMILIES)}."
     architectures = fields.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise fields.bad("architectures", f"a list with one of {', '.join(FAMILIES)}")

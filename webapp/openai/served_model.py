@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ModelSettings
+from engines.models.context import context_length
 from engines.models.source import resolve_model
 from engines.structured.checker import ConstraintChecker
 from engines.tokenizer import Tokenizer
@@ -89,16 +89,11 @@ def load_served_model(settings: ModelSettings, *, version: str) -> ServedModel:
     return ServedModel(
         name=settings.name,
         tokenizer=tokenizer,
-        max_model_len=settings.max_model_len or _context_of(folder),
+        max_model_len=settings.max_model_len or context_length(folder),
         fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
         longest_token_bytes=max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)),
         constraints=ConstraintChecker(folder / "tokenizer.json", tokenizer.vocab_size, tokenizer.eos_token_ids),
     )
-
-
-def _context_of(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    return int(config["max_position_embeddings"])
 
 
 def _digest(path: Path) -> str:
