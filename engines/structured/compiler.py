@@ -96,20 +96,21 @@ class GrammarCompiler:
         return self._clock() + LOOK_S if self._parked else None
 
     def _look(self, sequence: Sequence, until_s: float) -> Due | None:
-        if self.is_ready(sequence):
-            return Due(sequence)
         constraint = sequence.params.constraint
         assert constraint is not None
         future = self._future(constraint)
-        if future.done():
-            error = future.exception()
-            if isinstance(error, BadConstraint):
-                return Due(sequence, error.code, f"the structured output cannot be compiled: {error.message}")
-            return Due(sequence, "internal_error", f"compiling the structured output failed: {error!r}"[:300])
-        if self._clock() >= until_s:
+        if not future.done():
+            if self._clock() < until_s:
+                return None
             message = f"the structured output was not compiled within {WAIT_S:g} s; expected less, use a simpler one"
             return Due(sequence, "schema_too_complex", message)
-        return None
+        error = future.exception()
+        if error is None:
+            assert self.is_ready(sequence)
+            return Due(sequence)
+        if isinstance(error, BadConstraint):
+            return Due(sequence, error.code, f"the structured output cannot be compiled: {error.message}")
+        return Due(sequence, "internal_error", f"compiling the structured output failed: {error!r}"[:300])
 
     def _future(self, constraint: Constraint) -> Future[llguidance.LLMatcher]:
         future = self._compiled.get(constraint)

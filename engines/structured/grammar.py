@@ -97,6 +97,8 @@ def _grammar_text(constraint: Constraint) -> str:
 def _refusal(words: str) -> BadConstraint:
     """The compiler's words, on one line."""
     message = " ".join(words.split())[:500]
+    if message.startswith("panic"):
+        return BadConstraint("schema_too_complex", "it is beyond what the grammar compiler can hold; use a simpler one")
     if _UNSUPPORTED.search(message):
         return BadConstraint("unsupported", message)
     return BadConstraint("schema_too_complex" if _TOO_COMPLEX.search(message) else "invalid_value", message)
