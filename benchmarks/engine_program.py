@@ -4,14 +4,17 @@
     python -m engines.machine_rates          what this machine can do: memory bandwidth, matrix products
     <other venv>/python vllm_runner.py       the same jobs on vLLM
 
-Programs stay up from job to job, so that the jobs of several can be interleaved; the idle ones wait in a read.
+Programs stay up from job to job, so that the jobs of several can be interleaved. The idle ones wait in a read; those
+that spin while they wait take cores from the one that works, so a program can be stopped (SIGSTOP) between its jobs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -31,8 +34,11 @@ class Program:
     """One running program, with a run folder of its own. A context manager: it is ended on the way out, by force if
     need be."""
 
-    def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], is_stopped_when_idle: bool = False
+    ) -> None:
         self.name = name
+        self._is_stopped_when_idle = is_stopped_when_idle
         self.facts: dict[str, Any] = {}
         self._argv = list(argv)
         self._scratch = tempfile.TemporaryDirectory(prefix="celeriac-bench-")
@@ -48,10 +54,17 @@ class Program:
             ProgramFailed: it ended, or was not ready in time.
         """
         self._process = subprocess.Popen(
-            self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._env, cwd=ROOT
+            self._argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._env,
+            cwd=ROOT,
+            process_group=0,  # with its children; should we die, the kernel wakes a stopped group and ends it
         )
         try:
             self.facts = self._read_line(START_TIMEOUT_S)
+            self._signal(signal.SIGSTOP)
         except BaseException:
             self.__exit__()
             raise
@@ -64,25 +77,34 @@ class Program:
             ProgramFailed: the program ended, or did not answer in time.
         """
         assert self._process is not None and self._process.stdin is not None, "used outside its `with`"
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise ProgramFailed(self.name, "it ended", self._last_words()) from error
-        return self._read_line(JOB_TIMEOUT_S)
+        result = self._read_line(JOB_TIMEOUT_S)
+        self._signal(signal.SIGSTOP)
+        return result
 
     def __exit__(self, *_: object) -> None:
         process = self._process
         if process is not None and process.stdin is not None and process.stdout is not None:
+            self._signal(signal.SIGCONT)
             process.stdin.close()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):  # nobody is left, mostly
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             process.stdout.close()
         self._log.close()
         self._scratch.cleanup()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._is_stopped_when_idle and self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it ended; the next read says so
+                os.killpg(self._process.pid, number)
 
     def _read_line(self, timeout_s: float) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None

@@ -90,7 +90,7 @@ def vllm_program(python: Path, model: Path, cpus: Sequence[int], dtype: str, *, 
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return Program(NAME, argv, env=env)
+    return Program(NAME, argv, env=env, is_stopped_when_idle=True)
 
 
 def _run(argv: Sequence[str]) -> str:

@@ -68,3 +68,9 @@ def test_overhead_is_all_but_the_forward_pass() -> None:
 )
 def test_a_goal_may_be_an_upper_limit(low: float, high: float, verdict: str) -> None:
     assert Ratio((low + high) / 2, low, high, goal=1.05, at_most=True).verdict == verdict
+
+
+def test_an_idle_program_is_stopped_and_goes_on_with_its_next_job() -> None:
+    with Program("echo", [sys.executable, "-c", ECHO], env={}, is_stopped_when_idle=True) as echo:
+        assert echo.run({"k": 1}) == {"k": 1}
+        assert echo.run({"k": 2}) == {"k": 2}
