@@ -104,7 +104,7 @@ class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     protocol: Annotated[Protocol, Meta(description="`auto`: the best that both sides have.")] = "auto"
     gbps: Annotated[
-        float, Meta(ge=0, le=10_000, description="Link speed these figures were written for, Gbit/s. `up` reports it.")
+        float, Meta(ge=0, le=10_000, description="Gbit/s between hosts, until transfers have shown it; 0: unknown.")
     ] = 0.0
     checksum: Annotated[bool, Meta(description="Check the bytes of each transfer before a token is made of them.")] = (
         True

@@ -90,6 +90,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
         checksum=settings.transfer.checksum,
+        link_gbps=settings.transfer.gbps,
         times=Times.with_leases(
             grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
         ),

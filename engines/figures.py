@@ -49,11 +49,12 @@ class EngineFigures:
             step_ms=self._step_ms,
             counters=self._counters(),
             overdue_writers=list(self._kv.overdue_writers()),
+            links=list(self._kv.links()),
         )
 
     def _counters(self) -> dict[str, float]:
         counters = dict(self._totals)
-        counters |= {f"kv_{name}": float(count) for name, count in self._kv.counters().items()}
+        counters |= {f"kv_{name}": total for name, total in self._kv.counters().items()}
         counters |= {f"kv_reject_{reason}": float(count) for reason, count in self._kv.rejects().items()}
         if self._cache is not None:
             stats = self._cache.stats

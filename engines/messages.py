@@ -23,6 +23,7 @@ import msgspec
 
 from engines.params import SamplingParams
 from kvstore.address import KVAddress
+from kvstore.link_report import LinkReport
 from kvstore.overdue import OverdueWriter
 from kvstore.state.entries import PromptLogprobs, TokenLogprobs
 
@@ -225,6 +226,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     step_ms: float
     counters: dict[str, float] = {}
     overdue_writers: list[OverdueWriter] = []  # they leave a FENCE of this engine unanswered
+    links: list[LinkReport] = []  # how fast this engine pushes, by the other side's host
 
 
 EngineMessage = (

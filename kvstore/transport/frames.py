@@ -120,8 +120,9 @@ class Commit(Body, frozen=True, array_like=True):
     transfer_s: Annotated[float, msgspec.Meta(ge=0)]
 
 
-class XferOnly(Body, frozen=True, array_like=True):
+class HandedBody(Body, frozen=True, array_like=True):
     xfer: Id
+    transfer_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as the receiver saw it; 0 where it no longer knows
 
 
 class FenceBody(Body, frozen=True, array_like=True):

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 from kvstore.address import KVAddress
 from kvstore.clock import Clock, now_s
+from kvstore.link_report import LinkReport
 from kvstore.overdue import OverdueWriter
 from kvstore.transport.errors import TransportError
+from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event, ReserveRequested
 from kvstore.transport.listeners import TcpListener, UnixListener
 from kvstore.transport.loop import Loop
@@ -43,6 +45,7 @@ class KVNode:
         protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
         run_dir: where the unix socket goes.
         bind: address of the tcp listener.
+        link_gbps: what the network between hosts should do, until transfers have shown it; 0 takes the table's.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class KVNode:
         run_dir: str = "",
         bind: str = "127.0.0.1",
         checksum: bool = True,
+        link_gbps: float = 0.0,
         times: Times | None = None,
         clock: Clock = now_s,
     ) -> None:
@@ -67,6 +71,7 @@ class KVNode:
         self.num_layers = region.num_layers
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: deque[Event] = deque()
+        own_host_id = host_id()
         self._context = NodeContext(
             incarnation=incarnation,
             region=region,
@@ -77,7 +82,8 @@ class KVNode:
             clock=clock,
             emit=self._emit,
             times=times or Times(),
-            host_id=host_id(),
+            host_id=own_host_id,
+            links=LinkEstimates(own_host_id=own_host_id, gbps=link_gbps),
         )
         self._run_dir = run_dir
         self._bind = bind
@@ -207,9 +213,15 @@ class KVNode:
         """Writers that have left FENCE unanswered for `Times.fence_kill_s`, as of the last 0.1 s."""
         return self._receiver.overdue
 
-    def counters(self) -> dict[str, int]:
-        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_tcp."""
-        return dict(self._context.counters)
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_tcp; of transfers that were handed over:
+        link_transfers, link_predicted_s, link_measured_s, link_error_s (sum of the differences).
+        """
+        return {**self._context.counters, **self._context.links.totals}
+
+    def links(self) -> tuple[LinkReport, ...]:
+        """What is known of the speed of each link of this writer, and of one to a host never met."""
+        return self._context.links.reports
 
     def rejects(self) -> dict[str, int]:
         """`kv_reject_total` by reason."""

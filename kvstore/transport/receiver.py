@@ -36,10 +36,10 @@ from kvstore.transport.frames import (
     FenceBody,
     FrameType,
     GrantBody,
+    HandedBody,
     RefusedBody,
     Renew,
     Reserve,
-    XferOnly,
     frame,
     parse_body,
 )
@@ -60,6 +60,13 @@ class _Landing:
     is_tcp: bool = False
     landing_since_s: float = 0.0
     receive_s: float = 0.0  # from the header to the last byte, over all DATA frames
+
+    @property
+    def moving_s(self) -> float:
+        """Time spent moving pages: receiving here (tcp), or copying at the writer, as its COMMIT says (shm)."""
+        if self.is_tcp:
+            return self.receive_s
+        return self.commit.transfer_s if self.commit is not None else 0.0
 
 
 class ReceiverSide:
@@ -194,8 +201,8 @@ class ReceiverSide:
             case SendRefused(peer, xfer, reason):
                 self._send(peer, frame(FrameType.REFUSED, RefusedBody(xfer, reason)))
             case SendHanded(peer, xfer):
-                self._landings.pop(xfer, None)
-                self._send(peer, frame(FrameType.HANDED, XferOnly(xfer)))
+                landing = self._landings.pop(xfer, None)
+                self._send(peer, frame(FrameType.HANDED, HandedBody(xfer, landing.moving_s if landing else 0.0)))
             case SendFence(peer, xfer, grant_id):
                 self._send(peer, frame(FrameType.FENCE, FenceBody(xfer, grant_id)))
             case Verify(xfer):
@@ -227,7 +234,7 @@ class ReceiverSide:
                 commit.num_tokens,
                 commit.state,
                 commit.num_bytes,
-                landing.receive_s if landing.is_tcp else commit.transfer_s,
+                landing.moving_s,
             )
         )
 

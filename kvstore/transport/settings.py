@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.clock import Clock
+from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event
 from kvstore.transport.region import KVRegion
 
@@ -57,6 +58,7 @@ class NodeContext:
     emit: Callable[[Event], None]
     times: Times = field(default_factory=Times)
     host_id: str = ""
+    links: LinkEstimates = field(default_factory=lambda: LinkEstimates(own_host_id=""))
     counters: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     _logged_s: dict[str, float] = field(default_factory=dict)

@@ -20,10 +20,10 @@ from kvstore.transport.frames import (
     FenceBody,
     FrameType,
     GrantBody,
+    HandedBody,
     RefusedBody,
     Renew,
     Reserve,
-    XferOnly,
     frame,
     parse_body,
 )
@@ -125,8 +125,10 @@ class WriterSide:
         elif kind is FrameType.FENCE:
             self._on_fence(link, parse_body(kind, body, FenceBody))
         elif kind is FrameType.HANDED:
-            transfer = link.transfers.get(parse_body(kind, body, XferOnly).xfer)
+            handed = parse_body(kind, body, HandedBody)
+            transfer = link.transfers.get(handed.xfer)
             if transfer is not None and transfer.state is XferState.COMMITTING and transfer.commit_frame:
+                self._context.links.finished(link.target.host_id, link.protocol, transfer.num_bytes, handed.transfer_s)
                 self._close(link, transfer, XferEvent.HANDED, "")
         elif kind is FrameType.REFUSED:
             refused = parse_body(kind, body, RefusedBody)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from engines.messages import Target
+from kvstore.link_report import LinkReport
 from kvstore.state.records import WorkerBeat
 from tasks.routing import rank_targets
 
@@ -19,14 +21,16 @@ class PeerTable:
         self._beats: list[WorkerBeat] = []
         self._assigned: Counter[str] = Counter()
         self._told: list[Target] = []
+        self._links: Sequence[LinkReport] = ()
         self.targets: list[Target] = []
 
     def set_own(self, *, compat: str, host_id: str) -> None:
         """What our engine is: only those that agree with it can take its KV. The new engine has been told nothing."""
         self._compat, self._host_id, self._told = compat, host_id, []
 
-    def refresh(self, beats: list[WorkerBeat]) -> None:
-        self._beats = beats
+    def refresh(self, beats: list[WorkerBeat], links: Sequence[LinkReport] = ()) -> None:
+        """The registry's workers, and what our engine knows of its links."""
+        self._beats, self._links = beats, links
         self._assigned.clear()
         self._rank()
 
@@ -44,5 +48,10 @@ class PeerTable:
 
     def _rank(self) -> None:
         self.targets = rank_targets(
-            self._beats, model=self._model, compat=self._compat, host_id=self._host_id, assigned=self._assigned
+            self._beats,
+            model=self._model,
+            compat=self._compat,
+            host_id=self._host_id,
+            assigned=self._assigned,
+            links=self._links,
         )

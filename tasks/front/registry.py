@@ -48,7 +48,8 @@ class Registry:
             log.warning("no beat: %s", error)
 
     def _refresh_peers(self) -> None:
-        self._peers.refresh(self._ctx.store.workers())
+        stats = self._ctx.stats
+        self._peers.refresh(self._ctx.store.workers(), () if stats is None else stats.links)
         if self._peers.take_order_if_new():
             self._ctx.link.send(Peers(self._peers.targets))
 

@@ -70,6 +70,11 @@ def test_pushed_blocks_arrive_byte_for_byte(pair: tuple[End, End]) -> None:
 
     reader.node.settle("w:1", True)
     writer.wait(Handed)
+    (link,) = [link for link in writer.node.links() if link.host_id == reader.address.host_id]
+    assert link.num_transfers == 1
+    totals = writer.node.counters()
+    assert totals["link_measured_s"] == arrived.transfer_s > 0
+    assert totals["link_predicted_s"] > 0
     assert not reader.sees(BlocksFree, within_s=0.2)
     assert sum(reader.node.grants().values()) == 0
     reader.node.check_invariants()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from configs.schema import Settings
+from kvstore.address import KVAddress
+from kvstore.link_report import LinkReport
+from kvstore.state.records import WorkerBeat
 from tasks.errors import GpuInUse, WorkerStartError
 from tasks.front import requests
 from tasks.front.engine_life import next_backoff_s
@@ -84,6 +88,33 @@ def test_targets_are_ranked_by_room_and_by_what_was_just_sent() -> None:
 
     assert [target.node for target in ranked] == ["d1@h", "d0@h", "d2@h"]
     assert [target.node for target in later] == ["d0@h", "d1@h", "d2@h"]
+
+
+def beat_of(node: str, *, free_blocks: int) -> WorkerBeat:
+    """A decode worker on the host that its name says."""
+    address = KVAddress(incarnation=f"{node}-1", host_id=node.split("@")[1])
+    return msgspec.structs.replace(beat(node, free_blocks=free_blocks), address=address)
+
+
+def test_a_slow_link_weighs_against_room() -> None:
+    beats = [beat_of("d0@a", free_blocks=60), beat_of("d1@b", free_blocks=90)]
+
+    def first(*, a_s: float, b_s: float) -> str:
+        links = [LinkReport("a", "tcp", 0.0, 1e9, 5, a_s), LinkReport("b", "tcp", 0.0, 1e9, 5, b_s)]
+        ranked = rank_targets(beats, model="tiny-chat", compat="", host_id="h", links=links)
+        return ranked[0].node
+
+    assert first(a_s=0.010, b_s=0.012) == "d1@b"  # about as fast: the one with more room
+    assert first(a_s=0.010, b_s=1.0) == "d0@a"
+
+
+def test_a_host_never_met_is_taken_for_what_the_table_says() -> None:
+    beats = [beat_of("d0@a", free_blocks=60), beat_of("d1@new", free_blocks=90)]
+    links = [LinkReport("", "ethernet", 0.02, 1e9, 0, 2.0), LinkReport("a", "tcp", 0.0, 1e9, 5, 0.010)]
+
+    ranked = rank_targets(beats, model="tiny-chat", compat="", host_id="h", links=links)
+
+    assert [target.node for target in ranked] == ["d0@a", "d1@new"]
 
 
 def test_draining_workers_and_other_models_are_no_targets() -> None:
