@@ -1,6 +1,7 @@
 """Chat answers and chunks whose text may hold tool calls.
 
-Tokens go with the first chunk that their text gives rise to; those behind the last one (a closing tag) go with the end.
+Tokens wait for the chunk that they, or a later token, give rise to; those behind the last one (a closing tag) go with
+the end. Which of them wait depends on the tokens so far alone, so that a resumed stream tells each exactly once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kvstore.state.entries import FinEntry
 from webapp.openai.answer_head import AnswerHead, Json, chat_choice, ending
 from webapp.openai.logprobs import chat_logprobs
 from webapp.openai.pieces import Piece, PieceToken
-from webapp.openai.tool_calls import CallArguments, CallStarted, Content, Event, ToolCallParser
+from webapp.openai.tool_calls import CallArguments, CallStarted, Content, Event, ToolCallParser, joined
 
 
 @dataclass
@@ -25,8 +26,31 @@ class _Choice:
     num_known: int = 0
     is_end_known: bool = False
     num_tokens: int = 0
-    ids: list[PieceToken] = field(default_factory=list)  # not told yet
-    shown: list[PieceToken] = field(default_factory=list)  # those of them that have text, for logprobs
+    waiting: list[tuple[PieceToken, bool]] = field(default_factory=list)  # no event yet; True: has logprobs to tell
+    telling: list[tuple[PieceToken, bool]] = field(default_factory=list)  # they go with the next chunk
+
+    def read(self, piece: Piece) -> list[Event]:
+        """What `piece` gives rise to, without what another stream told."""
+        events: list[Event] = []
+        for token in piece.tokens:
+            self.num_tokens += 1
+            self.waiting.append((token, bool(piece.text)))
+            new = self.parser.feed(token.text)
+            if self.num_tokens <= self.num_known:
+                self.waiting = [] if new else self.waiting
+            elif new:
+                events += new
+                self.tell_all()
+        rest = self.parser.feed(piece.text[sum(len(token.text) for token in piece.tokens) :])
+        rest += self.parser.end() if piece.fin is not None else []
+        if rest:
+            events += rest
+            self.tell_all()
+        return [] if self.is_end_known else events
+
+    def tell_all(self) -> None:
+        self.telling += self.waiting
+        self.waiting = []
 
 
 class ToolWriter:
@@ -48,23 +72,15 @@ class ToolWriter:
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
         self._head.count(index, piece)
-        choice, out = self._choice(index), []
-        events: list[Event] = []
+        choice, out = self._choice(index), list[Json]()
         if piece.is_first and not choice.num_known:
             first = chat_choice(index, {"role": "assistant", "content": ""})
             out.append(self._chunk(self._head.with_ids(first, (), index, is_first=True)))
-        num_known = max(0, min(choice.num_known - choice.num_tokens, len(piece.tokens)))
-        known_text = "".join(token.text for token in piece.tokens[:num_known])
-        choice.parser.feed(known_text)
-        events += choice.parser.feed(piece.text[len(known_text) :])
-        choice.num_tokens += len(piece.tokens)
-        choice.ids += piece.tokens[num_known:]
-        choice.shown += piece.tokens[num_known:] if piece.text else ()
-        if piece.fin is not None:
-            events += choice.parser.end()
-        for event in events:
+        events = choice.read(piece)
+        for event in joined(events):
             out.append(self._told(index, choice, chat_choice(index, self._delta(index, event))))
         if piece.fin is not None and not choice.is_end_known:
+            choice.tell_all()
             end = chat_choice(index, {}) | self._ending(choice.parser, piece.fin)
             out.append(self._told(index, choice, end, is_end=True))
         return out
@@ -118,8 +134,8 @@ class ToolWriter:
 
     def _told(self, index: int, choice: _Choice, body: Json, *, is_end: bool = False) -> Json:
         """The chunk, with the tokens that wait for one."""
-        ids, choice.ids = choice.ids, []
-        shown, choice.shown = choice.shown, []
+        told, choice.telling = choice.telling, []
+        ids, shown = [token for token, _ in told], [token for token, has_logprobs in told if has_logprobs]
         if shown or not is_end:
             body["logprobs"] = self._logprobs(shown)
         return self._chunk(self._head.with_ids(body, ids, index, is_first=False))

@@ -62,7 +62,7 @@ class ToolCallParser:
 
     def feed(self, text: str) -> list[Event]:
         """Events that `text`, which follows all before it, releases."""
-        return list(_joined(event for char in text for event in self._char(char)))
+        return list(joined(event for char in text for event in self._char(char)))
 
     def end(self) -> list[Event]:
         """The reply is over. A call without a name was none; one whose arguments are cut stays as it is."""
@@ -73,7 +73,7 @@ class ToolCallParser:
             is_rest_of_call = self._is_after_call and not self._text.strip()
             events += [] if is_rest_of_call else self._content(self._text)
         self._call, self._text = None, ""
-        return [event for event in _joined(events) if event != Content("")]
+        return [event for event in joined(events) if event != Content("")]
 
     def _char(self, char: str) -> Iterator[Event]:
         if self._call is not None:
@@ -268,7 +268,7 @@ def _num_white(text: str) -> int:
     return len(text) - len(text.rstrip(_WHITE))
 
 
-def _joined(events: Iterator[Event] | list[Event]) -> Iterator[Event]:
+def joined(events: Iterator[Event] | list[Event]) -> Iterator[Event]:
     """The same, neighbours of one kind as one."""
     last: Event | None = None
     for event in events:

@@ -68,7 +68,7 @@ def _constraint(model: ServedModel, fields: dict[str, Any]) -> Constraint | None
             "response_format.json_schema.name",
         ),
         (_format({"type": "strng"}), "invalid_value", "response_format.json_schema.schema"),
-        (_format({"allOf": [{"type": "null"}, {"type": "array"}]}), "invalid_value", "response_format.json_schema.schema"),
+        (_format({"items": {"enum": []}}), "invalid_value", "response_format.json_schema.schema"),
         (_format({"uniqueItems": True}), "unsupported", "response_format.json_schema.schema"),
         (_format({"$ref": "#"}), "invalid_value", "response_format.json_schema.schema"),
         (_format({"maxItems": 10**9}), "schema_too_complex", "response_format.json_schema.schema"),
