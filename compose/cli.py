@@ -16,6 +16,7 @@ import click
 
 from compose.cli_base import SuggestingGroup, chosen_run_dir, fail, run_cli, run_dir_option
 from compose.cli_config import config
+from compose.cli_kv import kv
 from compose.cli_processes import gateway, worker
 from compose.errors import ClusterNotRunning, ComposeError, EnvironmentProblem, UsageProblem
 from compose.logs import follow_logs, print_logs
@@ -210,6 +211,7 @@ def show_version() -> None:
 
 
 cli.add_command(config)
+cli.add_command(kv)
 cli.add_command(worker)
 cli.add_command(gateway)
 

@@ -8,8 +8,10 @@ Only files that serving reads are downloaded; pickled weights never are. No torc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -61,6 +63,24 @@ def resolve_model(path_or_id: str, revision: str | None = None, cache_dir: Path 
         folder = _download(path_or_id, revision or None, cache_dir)
     check_folder(path_or_id, folder)
     return folder
+
+
+def download_config(model: str, revision: str | None = None) -> Path:
+    """config.json of a folder or of a hub repository, and nothing else of it. Blocks while it downloads.
+
+    Raises:
+        ModelSourceError: not found, or the hub cannot be reached.
+    """
+    folder = _local_folder(model)
+    if folder is not None:
+        return folder / "config.json"
+    with _hub_errors(model, revision, None):
+        try:
+            return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
+        except errors.RemoteEntryNotFoundError as error:
+            raise ModelSourceError(
+                model, f"{constants.ENDPOINT} has no config.json of it", "Name a repository with a transformers model."
+            ) from error
 
 
 def check_folder(model: str, folder: Path) -> None:
@@ -119,14 +139,21 @@ def _local_folder(model: str) -> Path | None:
 
 
 def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
-    endpoint = constants.ENDPOINT
-    try:
+    with _hub_errors(model, revision, cache_dir):
         _announce(model, revision, cache_dir)
         return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, cache_dir=cache_dir, allow_patterns=list(DOWNLOAD_PATTERNS)
             )
         )
+
+
+@contextlib.contextmanager
+def _hub_errors(model: str, revision: str | None, cache_dir: Path | None) -> Iterator[None]:
+    """Turn what the hub client raises into a ModelSourceError that says what to do."""
+    endpoint = constants.ENDPOINT
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise ModelSourceError(
             model, f"{endpoint} gives it only to people who accepted its licence", "Accept it there and set HF_TOKEN."

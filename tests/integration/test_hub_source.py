@@ -110,6 +110,13 @@ def hub() -> Iterator[Hub]:
     thread.join(5)
 
 
+def hub_environment(endpoint: str, cache: Path, *, offline: bool = False) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+    return env
+
+
 def resolve(model: str, *, endpoint: str, cache: Path, revision: str = "", offline: bool = False) -> tuple[str, str]:
     """`resolve_model` in a process of its own: the hub client reads its environment once, when it is imported.
 
@@ -120,9 +127,7 @@ def resolve(model: str, *, endpoint: str, cache: Path, revision: str = "", offli
         "try:\n    print('FOLDER', resolve_model(sys.argv[1], sys.argv[2], Path(sys.argv[3])))\n"
         "except ModelSourceError as error:\n    print('ERROR', error.retryable, error)\n"
     )
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    env |= {"HF_HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+    env = hub_environment(endpoint, cache, offline=offline)
     done = subprocess.run(
         [sys.executable, "-c", code, model, revision, str(cache)],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
@@ -141,6 +146,17 @@ def test_hub_id_becomes_a_folder_with_what_serving_reads_and_no_pickles(hub: Hub
     assert (Path(folder) / "tokenizer.json").read_bytes() == SERVED["tokenizer.json"]
     assert "pytorch_model.bin" not in hub.fetched
     assert not [name for name in hub.fetched if name.endswith(".py")]
+
+
+def test_estimating_kv_of_a_hub_id_fetches_its_config_only(hub: Hub, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "celeriac", "kv", "estimate", "--model", "someone/tiny-chat", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=hub_environment(hub.url, tmp_path),
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+
+    assert json.loads(done.stdout)["kv_bytes_per_token"] == 1536
+    assert set(hub.fetched) == {"config.json"}
 
 
 def test_downloaded_model_is_found_again_when_the_hub_is_gone(hub: Hub, tmp_path: Path) -> None:
