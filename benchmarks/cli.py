@@ -21,6 +21,7 @@ from benchmarks.cluster import Cluster, describe_layout
 from benchmarks.compare import compare as compare_clusters
 from benchmarks.engine_cli import engine
 from benchmarks.errors import BenchError
+from benchmarks.kv import kv
 from benchmarks.load import LoadSpec, parse_lengths, plan_load
 from benchmarks.machine import describe_machine
 from benchmarks.serve import Slo, run_load, summarize_run
@@ -35,6 +36,7 @@ def bench() -> None:
 
 
 bench.add_command(engine)
+bench.add_command(kv)
 
 
 def load_options(command: Command) -> Command:

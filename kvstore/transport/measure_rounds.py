@@ -1,0 +1,131 @@
+"""How fast this machine moves KV between two processes, in interleaved rounds; what `celeriac bench kv` runs.
+
+    python -m kvstore.transport.measure_rounds <rounds> <MiB per transfer>      prints one JSON object
+
+A round does each case once, in an order that turns from round to round; all cases of a round are compared with the
+memmove of the same round, so a drift of the machine falls on both sides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Final
+
+import msgspec
+
+from kvstore.transport.measure_pair import Memory, NodeSpec, ReaderProcess, Writer
+from kvstore.transport.region import KVRegion
+
+PROTOCOLS: Final = ("shm", "tcp")
+LARGE_BYTES: Final = 1 << 20
+SMALL_BYTES: Final = 16 << 10
+NOTICE_BYTES: Final = 64 << 10
+NOTICES_PER_ROUND: Final = 25
+MAX_PAIRS: Final = 4
+WARM_ROUNDS: Final = 2
+
+Case = Callable[[], float]
+
+
+class Round(msgspec.Struct):
+    """Seconds by case; each moves `num_bytes` (`x pairs` of them), the notices are per transfer of 64 KiB."""
+
+    seconds: dict[str, float]
+    notice_s: dict[str, list[float]]
+
+
+class Rounds(msgspec.Struct):
+    num_bytes: int
+    num_small_blocks: int
+    rounds: list[Round]
+
+
+def specs(num_bytes: int) -> list[NodeSpec]:
+    """Every kind of pair that is measured."""
+    found = []
+    for protocol in PROTOCOLS:
+        large, small = num_bytes // LARGE_BYTES, num_bytes // SMALL_BYTES
+        found += [
+            NodeSpec(f"{protocol}_contiguous", protocol, LARGE_BYTES, large, False, False),
+            NodeSpec(f"{protocol}_contiguous_checked", protocol, LARGE_BYTES, large, True, False),
+            NodeSpec(f"{protocol}_16k", protocol, SMALL_BYTES, small, False, True),
+            NodeSpec(f"{protocol}_16k_checked", protocol, SMALL_BYTES, small, True, True),
+        ]
+    return found
+
+
+def measure_rounds(num_rounds: int, num_bytes: int) -> Rounds:
+    """Raises TimeoutError: a reader did not answer."""
+    wanted = specs(num_bytes)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="celeriac-kv-"))
+        memory, other = Memory(num_bytes), Memory(num_bytes)
+        readers = [
+            stack.enter_context(ReaderProcess(wanted if k == 0 else _plain(wanted), folder=folder, name=f"r{k}"))
+            for k in range(MAX_PAIRS)
+        ]
+        writers = {spec.name: Writer(memory, spec, readers[0], side="w0", folder=folder) for spec in wanted}
+        crowds = {protocol: [writers[f"{protocol}_contiguous"]] for protocol in PROTOCOLS}
+        for k in range(1, MAX_PAIRS):
+            for spec in _plain(wanted):
+                crowds[spec.protocol].append(Writer(memory, spec, readers[k], side=f"w{k}", folder=folder))
+        everyone = {id(writer): writer for crowd in crowds.values() for writer in crowd}
+        for writer in [*everyone.values(), *(w for w in writers.values() if id(w) not in everyone)]:
+            stack.callback(writer.close)
+        cases = _cases(memory.whole, other.whole, writers, crowds)
+        rounds = [_round(cases, writers, turn=k) for k in range(WARM_ROUNDS + num_rounds)]
+        return Rounds(num_bytes, num_bytes // SMALL_BYTES, rounds[WARM_ROUNDS:])
+
+
+def _plain(wanted: list[NodeSpec]) -> list[NodeSpec]:
+    return [spec for spec in wanted if spec.name.endswith("_contiguous")]
+
+
+def _cases(
+    own: KVRegion, other: KVRegion, writers: dict[str, Writer], crowds: dict[str, list[Writer]]
+) -> dict[str, Case]:
+    cases: dict[str, Case] = {"memcpy": lambda: _memcpy(own, other)}
+    cases |= {name: writer.push_all for name, writer in writers.items()}
+    for protocol, crowd in crowds.items():
+        for num_pairs in range(1, MAX_PAIRS + 1):
+            cases[f"{protocol}_pairs_{num_pairs}"] = _crowd_case(crowd[:num_pairs])
+    return cases
+
+
+def _crowd_case(crowd: list[Writer]) -> Case:
+    """All pairs at once: from the first push to the last hand-over."""
+
+    def run() -> float:
+        xfers = [writer.reserve(writer.spec.num_blocks) for writer in crowd]
+        starts_s = [writer.begin_all(xfer) for writer, xfer in zip(crowd, xfers, strict=True)]
+        return max(writer.end() for writer in crowd) - min(starts_s)
+
+    return run
+
+
+def _memcpy(own: KVRegion, other: KVRegion) -> float:
+    start_s = time.monotonic()
+    ctypes.memmove(other.address, own.address, own.num_bytes)
+    return time.monotonic() - start_s
+
+
+def _round(cases: dict[str, Case], writers: dict[str, Writer], *, turn: int) -> Round:
+    names = list(cases)
+    first = turn * 5 % len(names)  # 5 is prime to the number of cases: each comes at every place
+    seconds = {name: cases[name]() for name in names[first:] + names[:first]}
+    notices = {
+        protocol: [
+            writers[f"{protocol}_16k_checked"].push_few(NOTICE_BYTES // SMALL_BYTES) for _ in range(NOTICES_PER_ROUND)
+        ]
+        for protocol in (PROTOCOLS if turn % 2 else PROTOCOLS[::-1])
+    }
+    return Round(seconds, notices)
+
+
+if __name__ == "__main__":
+    print(msgspec.json.encode(measure_rounds(int(sys.argv[1]), int(sys.argv[2]) << 20)).decode())
