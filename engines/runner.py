@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engines.attention.backend import AttentionBackend, AttentionMetadata, AttentionRow
 from engines.attention.choose import choose_attention
+from engines.attention.windowed import WindowedAttention
 from engines.errors import ForwardFailed, NonFiniteLogits
 from engines.kv_region import KVTensor
 from engines.models.generic import GenericModel
@@ -180,7 +182,9 @@ class ModelRunner:
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:
     if isinstance(model, GenericModel):
         return model.make_attention(kv)
-    return choose_attention(kv, model.config.num_heads, model.kernels)
+    make = partial(choose_attention, kv, model.config.num_heads, model.kernels)
+    windows = model.config.windows
+    return WindowedAttention(make, kv, windows) if any(windows) else make()
 
 
 def _new_ids(item: ScheduledSequence) -> np.ndarray:

@@ -26,6 +26,8 @@ FAMILIES: Final = {
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn")
 _MOE_FIELDS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _DEFAULT_ROPE_THETA: Final = 10_000.0  # transformers' default for all four families
+_MAX_LAYERS: Final = 10_000  # several times the deepest model there is
+_DEFAULT_MAX_WINDOW_LAYERS: Final = 28  # the same, for Qwen
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shapes and switches of one model. Every field is checked: a ModelConfig can be built."""
+    """Shapes and switches of one model. Every field is checked: a ModelConfig can be built.
+
+    `windows`: per layer, how many of the last tokens a query sees, itself included; None is all.
+    """
 
     family: str
     vocab_size: int
@@ -68,6 +73,7 @@ class ModelConfig:
     qk_norm: bool
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]
 
     @property
     def q_size(self) -> int:
@@ -89,7 +95,7 @@ class ModelConfig:
         _refuse_foreign_code(fields)
         family = _family(fields)
         _refuse_quantised(fields)
-        _refuse_windows(fields, family)
+        _refuse_partial_rotation(fields)
         if fields.get("hidden_act", "silu") != "silu":
             raise fields.unsupported(f"activation {fields.get('hidden_act')!r}", "Supported: silu.")
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
@@ -97,14 +103,16 @@ class ModelConfig:
         if num_heads % num_kv_heads:
             raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
         max_positions = fields.count("max_position_embeddings")
-        vocab_size = fields.count("vocab_size")
+        vocab_size, num_layers = fields.count("vocab_size"), fields.count("num_hidden_layers")
+        if num_layers > _MAX_LAYERS:
+            raise fields.bad("num_hidden_layers", f"at most {_MAX_LAYERS}")
         attention_bias = fields.flag("attention_bias")
         return cls(
             family=family,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.count("intermediate_size"),
-            num_layers=fields.count("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=_head_dim(fields, hidden_size, num_heads),
@@ -117,6 +125,7 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             mlp_bias=family == "llama" and fields.flag("mlp_bias"),
             eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
+            windows=_windows(fields, family, num_layers),
         )
 
 
@@ -228,23 +237,37 @@ def _refuse_quantised(fields: _Fields) -> None:
             )
 
 
-def _refuse_windows(fields: _Fields, family: str) -> None:
-    """Attention is full. A window that is switched off, or as wide as the context, changes nothing."""
-    layer_types = fields.get("layer_types", [])
-    if not isinstance(layer_types, list):
-        raise fields.bad("layer_types", "a list")
-    other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
-    if other:
-        raise fields.unsupported(f"layer type {', '.join(other)} (`layer_types`)", "Supported: full_attention.")
-    has_window = fields.get("sliding_window") is not None
-    is_used = fields.flag("use_sliding_window") if family.startswith("qwen") else family == "mistral"
-    if has_window and is_used and fields.count("sliding_window") < fields.count("max_position_embeddings"):
-        window = fields.get("sliding_window")
-        raise fields.unsupported(f"sliding-window attention (`sliding_window` = {window})", "Supported: null.")
+def _refuse_partial_rotation(fields: _Fields) -> None:
     if fields.get("partial_rotary_factor", 1.0) != 1.0:
         raise fields.unsupported(
             "a rotary embedding of a part of each head (`partial_rotary_factor`)", "Supported: 1.0."
         )
+
+
+def _windows(fields: _Fields, family: str, num_layers: int) -> tuple[int | None, ...]:
+    """Window of each layer. One that is switched off, or as wide as the context, changes nothing: None."""
+    layer_types = fields.get("layer_types", [])
+    if not isinstance(layer_types, list):
+        raise fields.bad("layer_types", "a list")
+    is_used = fields.flag("use_sliding_window") if family.startswith("qwen") else family == "mistral"
+    window = None
+    if is_used and fields.get("sliding_window") is not None:
+        window = fields.count("sliding_window")
+    known = {"full_attention", "sliding_attention"} if window is not None else {"full_attention"}
+    if other := sorted({str(kind) for kind in layer_types} - known):
+        raise fields.unsupported(f"layer type {', '.join(other)} (`layer_types`)", f"Supported: {sorted(known)}.")
+    if window is None or window >= fields.count("max_position_embeddings"):
+        return (None,) * num_layers
+    if family == "mistral":
+        return (window,) * num_layers
+    if layer_types:
+        if len(layer_types) != num_layers:
+            raise fields.bad("layer_types", f"a list of num_hidden_layers ({num_layers}) items")
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    first = fields.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+    if type(first) is not int or first < 0:
+        raise fields.bad("max_window_layers", "a whole number")
+    return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
 def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:

@@ -35,7 +35,7 @@ def _generate(model: Any, prompt_ids: list[int]) -> list[int]:
         ("gpt2", {}),
         ("gemma2", {"head_dim": 24, "sliding_window": 40}),
         ("phi", {"partial_rotary_factor": 0.5}),
-        ("mistral", {"sliding_window": 40}),
+        ("mistral", {"sliding_window": 40}),  # one of our own, with windows
     ],
 )
 def test_tokens_equal_generate_over_a_hand_off(family: str, shape: dict[str, Any], tmp_path: Path) -> None:

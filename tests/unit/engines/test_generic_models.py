@@ -26,8 +26,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**SMALL, "head_dim": 24, "sliding_window": 9},  # windows in every other layer, soft caps
     "gemma3_text": {**SMALL, "head_dim": 24, "sliding_window": 9},  # a rope per kind of layer
     "phi3": {**SMALL, "sliding_window": 11},
-    "mistral": {**SMALL, "head_dim": 16, "sliding_window": 7},  # v0.1
-    "qwen2": {**SMALL, "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1},
     "gpt_neox": SMALL,
     "opt": {**SMALL, "word_embed_proj_dim": 64, "ffn_dim": 96},
     "cohere2": {**SMALL, "head_dim": 16, "sliding_window": 9},

@@ -65,10 +65,39 @@ def test_all_end_tokens_of_generation_config_count(tmp_path: Path) -> None:
     assert read(tmp_path, generation={"eos_token_id": [2, 7]}).eos_token_ids == (2, 7)
 
 
-def test_window_that_is_switched_off_is_no_obstacle(tmp_path: Path) -> None:
-    read(tmp_path, architectures=["Qwen2ForCausalLM"], sliding_window=32, use_sliding_window=False)
-    read(tmp_path, architectures=["MistralForCausalLM"], sliding_window=None)
-    read(tmp_path, architectures=["MistralForCausalLM"], sliding_window=128)
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32, "use_sliding_window": False}, (None, None)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None, None)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, (None, None)),  # as wide as the context
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, (32, 32)),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 32}, (None, None)),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32, "use_sliding_window": True}, (None, None)),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            (None, 32),
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (32, None),
+        ),
+    ],
+)
+def test_each_layer_has_the_window_that_transformers_gives_it(
+    tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert read(tmp_path, num_hidden_layers=2, **fields).windows == windows
 
 
 @pytest.mark.parametrize(
@@ -108,8 +137,6 @@ def test_bad_field_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], fi
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window"),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32, "use_sliding_window": True}, "sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
