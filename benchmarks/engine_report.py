@@ -10,8 +10,7 @@ from rich.table import Table
 
 from benchmarks.engine_profile import PARTS
 from benchmarks.engine_steps import CONTEXT_BIN_TOKENS
-from benchmarks.report import MIN_ROUNDS
-from benchmarks.stats import Ratio
+from benchmarks.stats import MIN_ROUNDS, Ratio
 
 MAX_BINS = 24  # shown; JSON has all
 

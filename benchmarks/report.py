@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serve import MAX_LAG_MS
-from benchmarks.stats import Ratio
+from benchmarks.stats import MIN_ROUNDS, Ratio
 
-MIN_ROUNDS = 10  # a bootstrap over fewer pairs understates the spread
 _LATENCIES = {"TTFT": "ttft_ms", "ITL": "itl_ms", "TPOT": "tpot_ms", "E2E": "e2e_ms", "own lag": "lag_ms"}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NUM_RESAMPLES = 2000
+MIN_ROUNDS = 10  # a bootstrap over fewer pairs understates the spread
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,25 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio with its 95 % interval, and what it should reach (None: no goal), or stay below (`at_most`)."""
+    """A ratio with its 95 % interval, and what it should reach (None: no goal), or stay below (`at_most`).
+
+    `num_rounds`: rounds that the interval rests on, None where it does not rest on rounds.
+    """
 
     value: float
     low: float
     high: float
     goal: float | None = None
     at_most: bool = False
+    num_rounds: int | None = None
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is met, or the interval is too wide to tell."""
+        """Whether the goal is met, or the interval is too wide to tell, or rests on too few rounds for a claim."""
         if self.goal is None:
             return ""
+        if self.num_rounds is not None and self.num_rounds < MIN_ROUNDS:
+            return "too few rounds"
         best, worst = (self.low, self.high) if self.at_most else (-self.high, -self.low)
         limit = self.goal if self.at_most else -self.goal
         if worst <= limit:
@@ -78,8 +85,8 @@ def paired_ratio(
         if math.isfinite(a) and math.isfinite(b) and a > 0 and b > 0
     ]
     if not logs:
-        return Ratio(math.nan, math.nan, math.nan, goal, at_most)
+        return Ratio(math.nan, math.nan, math.nan, goal, at_most, 0)
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(logs, k=len(logs))) / len(logs) for _ in range(NUM_RESAMPLES))
     low, high = percentile(means, 0.025), percentile(means, 0.975)
-    return Ratio(math.exp(sum(logs) / len(logs)), math.exp(low), math.exp(high), goal, at_most)
+    return Ratio(math.exp(sum(logs) / len(logs)), math.exp(low), math.exp(high), goal, at_most, len(logs))

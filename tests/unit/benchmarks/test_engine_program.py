@@ -74,3 +74,7 @@ def test_an_idle_program_is_stopped_and_goes_on_with_its_next_job() -> None:
     with Program("echo", [sys.executable, "-c", ECHO], env={}, is_stopped_when_idle=True) as echo:
         assert echo.run({"k": 1}) == {"k": 1}
         assert echo.run({"k": 2}) == {"k": 2}
+
+
+def test_two_rounds_are_no_claim() -> None:
+    assert Ratio(1.5, 1.4, 1.6, goal=1.2, num_rounds=2).verdict == "too few rounds"

@@ -103,7 +103,8 @@ def test_json_has_the_machine_the_rows_and_the_ratios() -> None:
     assert result["rows"][0]["layout"] == "1 both"
     assert result["rows"][0]["slo"] == {"ttft_ms": None, "tpot_ms": None}
     assert result["ratios"]["ttft_p50"] == {
-        "value": 1.1, "low": 1.0, "high": 1.2, "goal": 1.05, "at_most": False, "verdict": "not resolvable here",
+        "value": 1.1, "low": 1.0, "high": 1.2, "goal": 1.05, "at_most": False, "num_rounds": None,
+        "verdict": "not resolvable here",
     }  # fmt: skip
 
 
