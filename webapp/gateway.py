@@ -125,12 +125,13 @@ class Gateway:
             Overloaded: see `Admission.admit`.
         """
         if self.clock() - self._workers_at_s >= WORKERS_EVERY_S:
-            self._workers_at_s = self.clock()
             try:
                 if self.store.workers():
                     self.admission.worker_seen()
             except KVStoreError:
                 self.admission.worker_seen()  # unknown is no reason to refuse
+            # Only now: calls that come meanwhile look, too, or a burst after an idle time would be refused.
+            self._workers_at_s = self.clock()
         self.admission.admit()
 
     def submit(self, call: Call, *, timeout_s: float, body_hash: str) -> Session:
