@@ -7,6 +7,7 @@ was ended by its limits. `check` blocks its caller, a thread that serves one cal
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import select
 import subprocess
@@ -97,7 +98,9 @@ class _Child:
     """One checker process, used by one thread at a time."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # One thread, few arenas: the child is limited in address space, of which hosts with many cores reserve a lot.
+        env = {**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)
         self._wait_s = START_S
 
     def ask(self, constraint: Constraint) -> Verdict | None:

@@ -74,6 +74,7 @@ def parse_chat(body: Mapping[str, Any], model: ServedModel, *, unknown_fields: s
     structured = with_calls(output_constraint(checked), use, checked)
     started_s = time.monotonic()
     ids = render_chat(checked, model)
+    tokenize_ms = (time.monotonic() - started_s) * 1000
     asked = checked.values.get("max_completion_tokens", checked.values.get("max_tokens"))
     name = "max_completion_tokens" if "max_completion_tokens" in checked.values else "max_tokens"
     ids = truncated(ids, checked, max_tokens=asked, max_model_len=model.max_model_len)
@@ -102,7 +103,7 @@ def parse_chat(body: Mapping[str, Any], model: ServedModel, *, unknown_fields: s
         include_usage=options["include_usage"],
         continuous_usage_stats=options["continuous_usage_stats"],
         metadata=checked.get("metadata", {}),
-        tokenize_ms=(time.monotonic() - started_s) * 1000,
+        tokenize_ms=tokenize_ms,
     )
     return Call(
         notes=notes,

@@ -67,6 +67,7 @@ def parse_completion(body: Mapping[str, Any], model: ServedModel, *, unknown_fie
 
     started_s = time.monotonic()
     prompts = [_tokenized(p, path, checked.get("add_special_tokens", True), model) for p, path in _prompts(body)]
+    tokenize_ms = (time.monotonic() - started_s) * 1000
     check_num_sequences(len(prompts), checked.get("n", 1), limit=MAX_CHOICES)
     for i, prompt in enumerate(prompts):
         ids = truncated(prompt.token_ids, checked, max_tokens=max_tokens, max_model_len=model.max_model_len)
@@ -101,7 +102,7 @@ def parse_completion(body: Mapping[str, Any], model: ServedModel, *, unknown_fie
         include_usage=options["include_usage"],
         continuous_usage_stats=options["continuous_usage_stats"],
         metadata=checked.get("metadata", {}),
-        tokenize_ms=(time.monotonic() - started_s) * 1000,
+        tokenize_ms=tokenize_ms,
     )
     return Call(
         notes=notes,
