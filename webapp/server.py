@@ -19,12 +19,49 @@ from webapp.app import create_app, gateway_of
 from webapp.errors import ApiError
 from webapp.gateway import DRAIN_GRACE_S, Gateway
 
+HEAD_DEADLINE_S: Final = 10.0
+UNREAD_BODY_S: Final = 2.0
 SWITCH_INTERVAL_S: Final = 0.0005  # a thread that has tokens to send must not wait 5 ms for the interpreter
 _REASONS: Final = {400: "Bad Request", 414: "URI Too Long", 417: "Expectation Failed", 431: "Header Fields Too Large"}
 
 
 class GatewayWorker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's thread worker that ends its streams properly and answers in JSON even below the app."""
+
+    def handle(self, conn: Any) -> Any:
+        """One request of a connection, in a thread of its own. A head that takes too long ends as a closed peer.
+
+        gunicorn's threads wait for a head without any deadline: as many slow clients as threads would stop the service.
+        """
+        gateway: Gateway | None = getattr(self.app, "gateway", None)
+        if gateway is None:
+            return super().handle(conn)
+        with gateway.watcher.read_deadline(conn.sock, HEAD_DEADLINE_S):
+            outcome = super().handle(conn)
+        if not outcome:
+            conn.close(graceful=True)
+        return outcome
+
+    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
+        """Reads what is left of a refused body; gunicorn's own bound starts anew with each byte that comes."""
+        gateway: Gateway | None = getattr(self.app, "gateway", None)
+        if gateway is None:
+            return bool(super()._keepalive_after(conn, keepalive))
+        with gateway.watcher.read_deadline(conn.sock, UNREAD_BODY_S):
+            return bool(super()._keepalive_after(conn, keepalive))
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        """In the main thread, which accepts: a close may wait 2 s for the peer, so `handle` has done it already."""
+        if conn.sock.fileno() < 0:
+            self.nr_conns -= 1
+            return
+        super().finish_request(conn, fs)
+
+    def head_came(self, request: Any) -> None:
+        """The deadline of the head is met; the body has its own."""
+        gateway: Gateway | None = getattr(self.app, "gateway", None)
+        if gateway is not None:
+            gateway.watcher.end_read_deadline(request.unreader.sock)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: no new calls, and an error event for streams that do not end in time."""
@@ -74,8 +111,9 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
     gateway = settings.gateway
     limit = gateway.max_body_bytes
 
-    def refuse_too_large(worker: Any, req: Any) -> None:
+    def head_came(worker: GatewayWorker, req: Any) -> None:
         """Before `100 Continue` is sent: a body that says it is too large is not asked for, nor kept alive for."""
+        worker.head_came(req)
         for name, value in req.headers:
             if name == "CONTENT-LENGTH" and value.isdigit() and int(value) > limit:
                 worker.log.debug("a body of %s bytes is refused", value)
@@ -101,7 +139,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "control_socket_disable": True,
         "preload_app": False,
         "proc_name": "celeriac-gateway",
-        "pre_request": refuse_too_large,
+        "pre_request": head_came,
         "worker_exit": stop_gateway,
         "errorlog": "-",
         "accesslog": None,

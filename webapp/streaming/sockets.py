@@ -59,8 +59,12 @@ class SocketWatcher:
         try:
             yield
         finally:
-            with self._lock:
-                self._reads.pop(sock, None)
+            self.end_read_deadline(sock)
+
+    def end_read_deadline(self, sock: socket.socket) -> None:
+        """What was waited for has come. Does nothing where no deadline is set."""
+        with self._lock:
+            self._reads.pop(sock, None)
 
     def look(self, now_s: float) -> None:
         """One look at every socket; never blocks."""
