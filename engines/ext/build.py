@@ -70,7 +70,7 @@ def _compile(compiler: str, path: Path) -> None:
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
             first = next((line for line in lines if "error" in line), lines[0])
-            raise KernelsUnavailable(why=f"{compiler} failed: {first}", hint="Expected g++ 11 or later.")
+            raise KernelsUnavailable(why=f"{compiler} failed: {first}", hint="Expected g++ 12 or later.")
         made.replace(path)
 
 

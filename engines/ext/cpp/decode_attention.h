@@ -11,12 +11,13 @@ namespace celeriac {
 constexpr int64_t kSplit = 512;  // tokens, also in native_backend.py
 constexpr int kTile = 64;        // tokens between two corrections of the running maximum
 
+// Lanes whose sum is q . k.
 template <typename T, int D>
 struct Dot {
-  static float of(const T* q, const T* k) {
+  static Vec of(const T* q, const T* k) {
     Vec acc = {};
     for (int i = 0; i < D; i += kLanes) acc += load(q + i) * load(k + i);
-    return sum(acc);
+    return acc;
   }
 };
 
@@ -24,32 +25,78 @@ struct Dot {
 template <int D>
   requires(D % 32 == 0)
 struct Dot<bf16, D> {
-  static float of(const bf16* q, const bf16* k) {
+  static Vec of(const bf16* q, const bf16* k) {
     __m512 acc = _mm512_setzero_ps();
     for (int i = 0; i < D; i += 32)
       acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(q + i), (__m512bh)_mm512_loadu_si512(k + i));
-    return sum((Vec)acc);
+    return (Vec)acc;
   }
 };
 #endif
+
+// Into the second-level cache: prefetches into the first run out of slots for misses, and were a third slower.
+template <typename T, int D>
+inline void prefetch(const T* row) {
+  for (size_t byte = 0; byte < sizeof(T) * D; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+}
+
+// acc[h] += weights[h, t] * value t; meanwhile the keys of the next tile come closer. The sums are copied to locals,
+// else they would live in memory.
+template <typename T, int D, int Heads>
+inline void add_values(const T* const* keys, int64_t value_offset, int count, const float (*weights)[kTile],
+                       const T* const* next, Vec (*acc)[D / kLanes]) {
+  constexpr int kVecs = D / kLanes;
+  Vec local[Heads][kVecs];
+  for (int h = 0; h < Heads; h++)
+    for (int i = 0; i < kVecs; i++) local[h][i] = acc[h][i];
+  for (int t = 0; t < count; t++) {
+    const T* value = keys[t] + value_offset;
+    if (next) prefetch<T, D>(next[t]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; i++) {
+      const Vec v = load(value + i * kLanes);
+#pragma GCC unroll 4
+      for (int h = 0; h < Heads; h++) local[h][i] += weights[h][t] * v;
+    }
+  }
+  for (int h = 0; h < Heads; h++)
+    for (int i = 0; i < kVecs; i++) acc[h][i] = local[h][i];
+}
+
+// Keys of the tile that begins at `lo`; the last one again where it is not full, since whole vectors are computed.
+template <typename T, int D>
+inline void locate_tile(const Pages<T, D>& pages, int64_t lo, int64_t hi, const T** keys) {
+  const int count = static_cast<int>(hi - lo < kTile ? hi - lo : kTile);
+  pages.locate(lo, lo + count, keys);
+  for (int t = count; t < kTile; t++) keys[t] = keys[count - 1];
+}
 
 // `Heads` query heads of one KV head over positions [lo, hi). out: per head D sums, the maximum, the normaliser.
 template <typename T, int D, int Heads>
 void attend_split(const Pages<T, D>& pages, const T* q, int64_t lo, int64_t hi, float scale, float* out,
                   int64_t out_stride) {
   constexpr int kVecs = D / kLanes;
-  const T* keys[kTile];
+  const T* buffers[2][kTile];  // keys of this tile and of the next
+  const T **keys = buffers[0], **next = buffers[1];
   float scores[Heads][kTile];
   float highest[Heads], total[Heads];
   Vec acc[Heads][kVecs] = {};
   for (int h = 0; h < Heads; h++) highest[h] = -INFINITY, total[h] = 0;
+  locate_tile(pages, lo, hi, keys);
+  for (int t = 0; t < kTile; t++) prefetch<T, D>(keys[t]);
   for (int64_t tile = lo; tile < hi; tile += kTile) {
     const int count = static_cast<int>(hi - tile < kTile ? hi - tile : kTile);
-    pages.locate(tile, tile + count, keys);
-    for (int t = 0; t < count; t++) {
-      for (size_t byte = 0; byte < sizeof(T) * D; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(keys[t] + pages.value_offset) + byte);
-      for (int h = 0; h < Heads; h++) scores[h][t] = Dot<T, D>::of(q + h * D, keys[t]) * scale;
+    const bool is_last = tile + kTile >= hi;
+    if (!is_last) locate_tile(pages, tile + kTile, hi, next);
+    for (int t = 0; t < count; t += kLanes) {
+      for (int i = 0; i < kLanes; i++) prefetch<T, D>(keys[t + i] + pages.value_offset);
+      for (int h = 0; h < Heads; h++) {
+        Vec dots[kLanes];
+        for (int i = 0; i < kLanes; i++) dots[i] = Dot<T, D>::of(q + h * D, keys[t + i]);
+        sums(dots);
+        store(scores[h] + t, dots[0] * scale);
+      }
     }
     for (int h = 0; h < Heads; h++) {
       for (int t = count; t < kTile; t++) scores[h][t] = -INFINITY;
@@ -68,13 +115,8 @@ void attend_split(const Pages<T, D>& pages, const T* q, int64_t lo, int64_t hi, 
       total[h] = total[h] * kept + sum(added);
       for (int i = 0; i < kVecs; i++) acc[h][i] *= kept;
     }
-    for (int t = 0; t < count; t++) {
-      const T* value = keys[t] + pages.value_offset;
-      for (int i = 0; i < kVecs; i++) {
-        const Vec v = load(value + i * kLanes);
-        for (int h = 0; h < Heads; h++) acc[h][i] += scores[h][t] * v;
-      }
-    }
+    add_values<T, D, Heads>(keys, pages.value_offset, count, scores, is_last ? nullptr : next, acc);
+    std::swap(keys, next);
   }
   for (int h = 0; h < Heads; h++) {
     for (int i = 0; i < kVecs; i++) store(out + h * out_stride + i * kLanes, acc[h][i]);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -99,7 +100,20 @@ struct Sum<2> {
 
 inline float sum(Vec v) { return Sum<kLanes>::of(v); }
 
-inline Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
+// Of each run of 2 * Run lanes of a and then of b: its first or its second half.
+template <int Run, bool Second, int... I>
+inline Vec halves(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / Run * 2 * Run + I % Run + (Second ? Run : 0))...);
+}
+
+// v[0] <- the sums of kLanes vectors, in order: a tree of shuffles, cheaper than one `sum` after another.
+template <int Run = kLanes / 2>
+inline void sums(Vec* v) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+  for (int i = 0; i < Run; i++)
+    v[i] = halves<Run, false>(v[2 * i], v[2 * i + 1], lanes) + halves<Run, true>(v[2 * i], v[2 * i + 1], lanes);
+  if constexpr (Run > 1) sums<Run / 2>(v);
+}
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
