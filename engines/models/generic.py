@@ -52,6 +52,7 @@ class LayerShapes:
     """What each layer's attention was called with, for a model that is met for the first time."""
 
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # KV heads, key size, value size
+    windows: list[int | None] = field(default_factory=list)
 
 
 _step: ContextVar[_Step | LayerShapes] = ContextVar("step")
@@ -73,6 +74,7 @@ def paged_attention(
         if layer != len(step.shapes):
             raise UnknownAttention(f"attention is called for layer {layer} where {len(step.shapes)} comes next")
         step.shapes.append((key.shape[1], key.shape[3], value.shape[3]))
+        step.windows.append(kwargs.get("sliding_window"))
         heads = query.shape[1] // key.shape[1]
         return value.repeat_interleave(heads, dim=1).transpose(1, 2).contiguous(), None
     if layer != step.num_called:
@@ -151,8 +153,8 @@ class GenericModel:
         return logits
 
 
-def layer_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """(KV heads, key size, value size) of each layer, asked of the model itself with one token.
+def layer_shapes(model: Any) -> LayerShapes:
+    """What the model's layers ask of their attention, found out with one token.
 
     Raises:
         UnknownAttention: it calls attention in a way that we cannot follow.
@@ -164,7 +166,7 @@ def layer_shapes(model: Any) -> list[tuple[int, int, int]]:
         trunk_of(model)(input_ids=zero, position_ids=zero, use_cache=False)
     finally:
         _step.reset(token)
-    return found.shapes
+    return found
 
 
 def trunk_of(model: Any) -> Any:

@@ -61,8 +61,9 @@ def load_generic(folder: Path, *, dtype: torch.dtype) -> tuple[GenericModel, Gen
             path, f"{_name(model)} keeps a state beside keys and values (Mamba and its like)", "Supported: attention."
         )
     try:
-        shapes = layer_shapes(model)
-        config = _config(folder, model, shapes)
+        layers = layer_shapes(model)
+        config = _config(folder, model, layers.shapes)
+        _check_windows(model, layers.windows)
         generic = GenericModel(model, config)
         error = _trial_error(generic)
     except BadModelConfig:
@@ -88,6 +89,7 @@ def _load(folder: Path, path: Path, dtype: torch.dtype) -> Any:
 
     if not any(folder.glob("*.safetensors")):
         raise BadWeights(folder, "there is no *.safetensors file", "Pickled weights are never read; convert them.")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -101,6 +103,8 @@ def _load(folder: Path, path: Path, dtype: torch.dtype) -> Any:
         )
     except (KeyError, ValueError, ImportError, TypeError, AttributeError) as error:
         message = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if isinstance(error, KeyError) and error.args[:1] == (ATTENTION_NAME,):
+            message = "its attention cannot be exchanged for another function"
         raise UnsupportedModel(path, f"transformers cannot make a decoder of it ({message})", _WAY_OUT) from error
     except (OSError, RuntimeError) as error:
         raise BadWeights(folder, f"transformers cannot load it ({str(error)[:500]})", "Use intact files.") from error
@@ -129,6 +133,18 @@ def _config(folder: Path, model: Any, shapes: list[tuple[int, int, int]]) -> Gen
         max_position_embeddings=context_length(folder),
         eos_token_ids=eos_token_ids_of(folder, vocab_size),
     )
+
+
+def _check_windows(model: Any, windows: list[int | None]) -> None:
+    """The trial is shorter than most windows, so they do not show in it: the layers must ask for what config says."""
+    config = model.config.get_text_config(decoder=True)
+    asked = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if asked else "full_attention"] * len(windows)
+    if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise UnknownAttention(f"layers of the kind {', '.join(other)}")
+    expected = [asked if kind == "sliding_attention" else None for kind in kinds]
+    if expected != windows:
+        raise UnknownAttention(f"windows are {expected} by its config and {windows} by its layers")
 
 
 # ---------------------------------------------------------------- trial

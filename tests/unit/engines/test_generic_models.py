@@ -129,6 +129,7 @@ def test_families_with_a_model_of_our_own_do_not_run_on_the_generic_one(llama_fo
         ("mamba", {"num_hidden_layers": 2}, "state beside keys and values"),
         ("lfm2", {**SMALL, "layer_types": ["conv", "full_attention"]}, "attention is called for layer 1"),
         ("bloom", {"num_hidden_layers": 2}, "0 of 2 layers have attention"),
+        ("falcon", {"num_hidden_layers": 2}, "attention cannot be exchanged"),
     ],
 )
 def test_what_keeps_more_than_keys_and_values_is_refused_by_name(
@@ -146,6 +147,15 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedModel, match="T5Config"):
         build_engine_model(tmp_path, dtype=torch.float32)
+
+
+def test_a_window_that_the_layers_do_not_ask_for_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "olmo2", **SMALL)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 100}))
+
+    with pytest.raises(UnsupportedModel, match="windows are"):
+        build_engine_model(folder, dtype=torch.float32)
 
 
 def test_attention_to_later_tokens_is_found_by_the_trial(tmp_path: Path) -> None:
