@@ -187,10 +187,9 @@ class EngineCore:
 
     def _blocks_for(self, add: messages.Add, num_tokens: int) -> int:
         """Blocks to ask a decode worker for: what there is and one to grow into, or all it can ever need."""
-        if add.reserve_full:
-            num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._finish.max_model_len)
-            return -(-num_tokens // self._block_size)
-        return -(-num_tokens // self._block_size) + 1
+        max_num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._finish.max_model_len)
+        max_num_blocks = -(-max_num_tokens // self._block_size)
+        return max_num_blocks if add.reserve_full else min(-(-num_tokens // self._block_size) + 1, max_num_blocks)
 
     def _promote(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -248,7 +247,9 @@ class EngineCore:
 
     def _may_admit(self, num_blocks: int, num_expected: int) -> bool:
         has_place = len(self._live) + num_expected < self._max_num_seqs
-        return has_place and self._pool.num_free - num_blocks >= self._watermark_blocks
+        # With nobody here there is no growth to keep blocks for, and a prompt of nearly the whole pool must get in.
+        watermark = self._watermark_blocks if self._live or num_expected else 0
+        return has_place and self._pool.num_free - num_blocks >= watermark
 
     # ---------------------------------------------------------------- steps
     def step(self) -> bool:

@@ -3,6 +3,7 @@
     add (with KV: arrived by a transfer) -----------------------> running --one token per step--> remove
     add (without) -> waiting --admit: prefix, all its blocks--> running --chunks, then tokens--> remove
                                                                 running --blocks ran out--> StepPlan.preempted
+    Choices of the only request here are not sent away: the latest goes back to waiting until others have ended.
 
 After Orca (OSDI 2022): sequences join and leave between steps; and Sarathi-Serve (OSDI 2024): decode rows first, what
 is left of the token budget goes to chunks of prompts.
@@ -75,7 +76,7 @@ class DecodeScheduler:
         """The next step, or None if there is nothing to do. A plan may be only about `preempted` sequences."""
         step = _Step(self._max_num_batched_tokens, self._max_num_seqs)
         self._plan_running(step)
-        if not step.preempted:  # who had to give blocks up shall not see them go to a newcomer in the same step
+        if not step.dropped:  # who had to give blocks up shall not see them go to a newcomer in the same step
             self._admit(now_s, step)
         if not step.items and not step.preempted:
             return None
@@ -108,13 +109,13 @@ class DecodeScheduler:
         for sequence in decoding + chunked:
             if step.is_full:
                 break
-            if sequence in step.preempted:
+            if sequence in step.dropped:
                 continue
             if self._grow_or_preempt(sequence, step):
                 step.add(sequence)
-            elif sequence not in step.preempted:
+            elif sequence not in step.dropped:
                 stuck.append(sequence)
-        if stuck and not step.items and not step.preempted:
+        if stuck and not step.items and not step.dropped:
             # Everybody is pinned and nobody can move: somebody has to go all the same.
             self._preempt(max(stuck, key=_lateness), step)
 
@@ -129,18 +130,29 @@ class DecodeScheduler:
                 # Only earlier ones could give: a later one never takes from them. It waits if it is pinned itself.
                 return False
             self._preempt(victim, step)
-            if sequence in step.preempted:
+            if sequence in step.dropped:
                 return False
         return True
 
     def _preempt(self, victim: Sequence, step: _Step) -> None:
         """Take the blocks of a request: all its choices go, since they go back to the queue together."""
-        for sequence in [sequence for sequence in self._running if sequence.rid == victim.rid]:
-            self._running.remove(sequence)
-            self._blocks.take_back(sequence)
-            sequence.num_preemptions += 1
-            step.drop(sequence)
+        choices = [sequence for sequence in self._running if sequence.rid == victim.rid]
+        if 1 < len(choices) == len(self._running):
+            # It has the worker to itself: anywhere else it would run out again, and never end.
+            latest = max(choices, key=_lateness)
+            self._take_blocks(latest, step)
+            self._waiting.append(latest)
+            return
+        for sequence in choices:
+            self._take_blocks(sequence, step)
+            step.preempted.append(sequence)
         self._waiting = [sequence for sequence in self._waiting if sequence.rid != victim.rid]
+
+    def _take_blocks(self, sequence: Sequence, step: _Step) -> None:
+        self._running.remove(sequence)
+        self._blocks.take_back(sequence)
+        sequence.num_preemptions += 1
+        step.drop(sequence)
 
     # ---------------------------------------------------------------- waiting
     def _admit(self, now_s: float, step: _Step) -> None:
@@ -157,11 +169,12 @@ class DecodeScheduler:
 
 
 class _Step:
-    """A plan in the making."""
+    """A plan in the making. `dropped`: whose blocks were taken; `preempted`: those of them that leave the scheduler."""
 
     def __init__(self, max_num_tokens: int, max_num_seqs: int) -> None:
         self.items: dict[tuple[str, int], ScheduledSequence] = {}
         self.preempted: list[Sequence] = []
+        self.dropped: list[Sequence] = []
         self._num_tokens_left = max_num_tokens
         self._max_num_seqs = max_num_seqs
 
@@ -178,7 +191,7 @@ class _Step:
         item = self.items.pop(sequence.seq_id, None)
         if item is not None:
             self._num_tokens_left += item.num_new_tokens
-        self.preempted.append(sequence)
+        self.dropped.append(sequence)
 
 
 def _lateness(sequence: Sequence) -> tuple[float, str, int]:

@@ -118,6 +118,27 @@ def test_choices_of_a_preempted_request_go_together() -> None:
     assert shape(plan) == [("early", 8, 1)]
 
 
+def test_choices_with_the_worker_to_themselves_wait_for_each_other_and_all_end() -> None:
+    scheduler, pool = make_scheduler(12)
+    choices = [arrived(pool, "wide", 7, choice=c) for c in range(4)]
+    for sequence in choices:
+        scheduler.add(sequence)
+    live = list(choices)
+
+    for now in range(500):  # 4 choices of 30 tokens are 32 blocks, the pool has 12
+        plan = scheduler.schedule(float(now))
+        if plan is not None:
+            assert plan.preempted == ()
+            scheduler.complete(plan, {item.sequence.seq_id: [7] for item in plan.scheduled if item.samples})
+        for sequence in [one for one in live if one.num_tokens >= 30]:
+            scheduler.remove(sequence.seq_id)
+            pool.free(sequence.block_table)
+            live.remove(sequence)
+
+    assert live == []
+    assert pool.num_used == 0
+
+
 def test_pinned_sequence_is_spared_while_another_can_give() -> None:
     scheduler, pool = make_scheduler(6)
     early, pinned = arrived(pool, "early", 8), arrived(pool, "pinned", 7, arrival_s=2.0)
