@@ -18,11 +18,12 @@ from engines.errors import ForwardFailed, NonFiniteLogits
 from engines.kv_region import KVTensor
 from engines.models.generic import GenericModel
 from engines.models.llama import LlamaModel
+from engines.packed_batch import PackedBatch
 from engines.prompt_scores import PromptScores
 from engines.sampling.prompt_logprobs import score_tokens
 from engines.sampling.row import SamplingRow
 from engines.sampling.sampler import Sampler
-from engines.scheduler.plan import ScheduledSequence, StepPlan
+from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
 from engines.step_timer import OFF, OTHER, StepTimer
 from kvstore.state.entries import TokenLogprobs
@@ -106,16 +107,14 @@ class ModelRunner:
 
     def _forward(self, plan: StepPlan, on_layers: Callable[[int, int], None] | None, layer_group: int) -> Tensor:
         self._timer.split(OTHER)
-        ids = np.concatenate([_new_ids(item) for item in plan.scheduled])
-        spans = [(item.start, item.start + item.num_new_tokens) for item in plan.scheduled]
-        positions = np.concatenate([np.arange(start, end) for start, end in spans])
+        batch = PackedBatch.of(plan.scheduled, self._region.block_size)
         self._attention.begin_step(
             AttentionMetadata(
                 tuple(AttentionRow(i.start, i.num_new_tokens, i.sequence.block_table) for i in plan.scheduled),
-                self._on_device(np.concatenate([self._slots(item) for item in plan.scheduled])),
+                self._on_device(batch.slots),
             )
         )
-        id_tensor, position_tensor = self._on_device(ids), self._on_device(positions)
+        id_tensor, position_tensor = self._on_device(batch.ids), self._on_device(batch.positions)
         self._timer.split("metadata")
         return self._model.forward(
             id_tensor,
@@ -124,13 +123,6 @@ class ModelRunner:
             on_layers=on_layers,
             layer_group=layer_group,
         )
-
-    def _slots(self, item: ScheduledSequence) -> np.ndarray:
-        block_size = self._region.block_size
-        positions = np.arange(item.start, item.start + item.num_new_tokens)
-        first, last = item.start // block_size, int(positions[-1]) // block_size
-        table = np.array(item.sequence.block_table[first : last + 1], dtype=np.int64)
-        return table[positions // block_size - first] * block_size + positions % block_size
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
@@ -161,7 +153,9 @@ class ModelRunner:
         for k, (sequence, _) in enumerate(with_rows):
             logit_of += [k] * sequence.num_samples
             rows += [_row(sequence, sequence.choice + j) for j in range(sequence.num_samples)]
-        logits = self._model.logits(hidden[[end for _, end in with_rows]])
+        # Decode steps sample every row: nothing to pick then.
+        ended = hidden if len(with_rows) == len(hidden) else hidden[[end for _, end in with_rows]]
+        logits = self._model.logits(ended)
         self._timer.split("logits")
         # NaN wins every maximum, so one look at the maxima finds all of them.
         if bool(logits.amax(-1).isnan().any()):
@@ -185,10 +179,6 @@ def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBack
     make = partial(choose_attention, kv, model.config.num_heads, model.kernels)
     windows = model.config.windows
     return WindowedAttention(make, kv, windows) if any(windows) else make()
-
-
-def _new_ids(item: ScheduledSequence) -> np.ndarray:
-    return np.array(item.sequence.token_slice(item.start, item.start + item.num_new_tokens), dtype=np.int64)
 
 
 def _row(sequence: Sequence, choice: int) -> SamplingRow:

