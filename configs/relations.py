@@ -21,6 +21,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_any_address(host: str) -> bool:
+    """Whether one can listen there and nobody can dial it."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
 def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[ConfigFault]:
     """What does not fit, each at the setting that one would change."""
     found: list[ConfigFault] = []
@@ -40,6 +48,15 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
             f"and a worker has {kv.num_blocks}",
             f"at least {needed}",
         )
+    transfer = settings.transfer
+    if is_any_address(transfer.bind_host) and not transfer.advertise_host:
+        fault(
+            "transfer.advertise_host",
+            f"workers listen for KV on {transfer.bind_host}, which nobody can dial",
+            "the address of this host that its peers reach",
+        )
+    if is_any_address(transfer.advertise_host):
+        fault("transfer.advertise_host", f"{transfer.advertise_host} cannot be dialled", "an address of this host")
     if flower.enabled and gateway.port and (gateway.host, gateway.port) == (flower.host, flower.port):
         fault("flower.port", f"{flower.port} is the gateway's port, too", "two different ports")
     if flower.enabled and not is_loopback(flower.host) and not flower.basic_auth:

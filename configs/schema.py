@@ -113,6 +113,9 @@ class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         int, Meta(ge=4096, le=1 << 30, description="Layers are pushed in groups of at least this size.")
     ] = 1 << 20
     bind_host: Annotated[str, Meta(min_length=1, description="Address on which workers listen for KV.")] = "127.0.0.1"
+    advertise_host: Annotated[
+        str, Meta(description="Address that other workers dial for KV; empty: `transfer.bind_host`.")
+    ] = ""
     grant_lease_s: Annotated[float, Meta(gt=0, le=3600, description="A grant that nobody renews ends after this.")] = (
         5.0
     )

@@ -89,6 +89,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
+        advertise=settings.transfer.advertise_host,
         checksum=settings.transfer.checksum,
         link_gbps=settings.transfer.gbps,
         times=Times.with_leases(

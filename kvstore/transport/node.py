@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class KVNode:
         protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
         run_dir: where the unix socket goes.
         bind: address of the tcp listener.
+        advertise: host that peers dial instead of `bind`, such as this one's address where `bind` is 0.0.0.0.
         link_gbps: what the network between hosts should do, until transfers have shown it; 0 takes the table's.
     """
 
@@ -58,6 +60,7 @@ class KVNode:
         protocols: Sequence[str] = ("shm", "tcp"),
         run_dir: str = "",
         bind: str = "127.0.0.1",
+        advertise: str = "",
         checksum: bool = True,
         link_gbps: float = 0.0,
         times: Times | None = None,
@@ -87,6 +90,7 @@ class KVNode:
         )
         self._run_dir = run_dir
         self._bind = bind
+        self._advertise = advertise or bind
         self._loop = Loop(clock)
         self._writer = WriterSide(self._context, self._loop)
         self._receiver = ReceiverSide(self._context, self._loop)
@@ -99,7 +103,7 @@ class KVNode:
         """Listen and start the `kv` thread.
 
         Raises:
-            OSError: a listener cannot be bound.
+            OSError: a listener cannot be bound, or the advertised host has no address.
         """
         unix_path, tcp_port, context = "", 0, self._context
         if "shm" in context.protocols:
@@ -117,7 +121,7 @@ class KVNode:
             incarnation=context.incarnation,
             host_id=context.host_id,
             unix_path=unix_path,
-            tcp_host=self._bind if tcp_port else "",
+            tcp_host=_numeric(self._advertise) if tcp_port else "",
             tcp_port=tcp_port,
             compat=context.compat,
         )
@@ -275,3 +279,8 @@ class KVNode:
     def _tick(self, now_s: float) -> bool:
         is_writing, is_receiving = self._writer.tick(now_s), self._receiver.tick(now_s)
         return is_writing or is_receiving
+
+
+def _numeric(host: str) -> str:
+    """Its first address. Looked up once, here: a peer's `kv` thread must not wait for a name server."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])

@@ -132,3 +132,13 @@ def test_settings_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None
     assert any("needs 34 blocks of 3, and a worker has 2" in fault for fault in faults)
     assert any("5555 is the gateway's port, too" in fault for fault in faults)
     assert any("flower.basic_auth" in fault for fault in faults)
+
+
+def test_listening_everywhere_needs_an_address_that_peers_can_dial(tmp_path: Path) -> None:
+    (fault,) = faults_of("transfer:\n  bind_host: 0.0.0.0\n", tmp_path)
+    assert "transfer.advertise_host" in fault
+    assert "0.0.0.0" in fault
+
+    file = tmp_path / "right.yaml"
+    file.write_text("transfer:\n  bind_host: 0.0.0.0\n  advertise_host: 10.1.2.3\n")
+    assert configs.load(file, env={"HOME": str(tmp_path)}).transfer.advertise_host == "10.1.2.3"
