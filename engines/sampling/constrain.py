@@ -1,16 +1,23 @@
-"""Grammar masks over the logits of a step: one batched computation, one batched fill."""
+"""Grammar masks over the logits of a step: computed for all constrained rows at once, applied in place."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.structured.state import GrammarMasks
 
 if TYPE_CHECKING:
     from engines.sampling.row import SamplingRow
+
+# Eight tokens at once: what to add to their logits, for each byte of a mask.
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), -np.inf, 0.0
+).astype(np.float32)
 
 
 class Constrainer:
@@ -19,25 +26,58 @@ class Constrainer:
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos_token_ids = eos_token_ids
         self._masks: GrammarMasks | None = None
+        self._bias = np.empty((0, 8), dtype=np.float32)
+        self._copy = torch.empty(0, 0)
 
-    def constrain(self, logits: Tensor, rows: list[SamplingRow]) -> dict[int, int]:
-        """Set what the grammars do not allow to -inf, in place. Every row has a grammar.
+    def copy(self, logits: Tensor) -> Tensor:
+        """A copy, valid until the next one.
+
+        The memory is kept: for a large vocabulary, new pages from the kernel at every step cost more than the masks.
+        """
+        if len(self._copy) < len(logits) or self._copy.shape[1] != logits.shape[1]:
+            self._copy = torch.empty_like(logits)
+        return self._copy[: len(logits)].copy_(logits)
+
+    def mask(self, logits: Tensor, rows: dict[int, SamplingRow]) -> NDArray[np.uint8]:
+        """Set what the grammars do not allow to -inf, in place: of the rows of `logits` (fp32, CPU) that are in `rows`.
 
         Returns:
-            Tokens of rows that have nothing left to choose: an end token. Where the grammar allowed it (other masks
-            took it away), the output ends well; else `grammar.failure` says why it cannot go on.
+            The masks, as `GrammarMasks.forbidden`.
         """
-        states = [row.grammar for row in rows if row.grammar is not None]
-        for row, state in zip(rows, states, strict=True):
+        states = [row.grammar for row in rows.values() if row.grammar is not None]
+        for row, state in zip(rows.values(), states, strict=True):
             state.follow(row.output_ids)
         if self._masks is None:
             self._masks = GrammarMasks(logits.shape[1], torch.get_num_threads())
-        allowed = self._masks.allowed(states)
-        logits.masked_fill_(torch.from_numpy(allowed) == 0, float("-inf"))
-        forced: dict[int, int] = {}
-        for i in (logits.amax(-1) == float("-inf")).nonzero().flatten().tolist():
-            ends = [token for token in self._eos_token_ids if allowed[i, token]]
-            if not ends:
-                states[i].fail("the other fields of the request forbid every token that it allows")
-            forced[i] = ends[0] if ends else self._eos_token_ids[0]
-        return forced
+        forbidden = self._masks.forbidden(states)
+        if len(self._bias) != forbidden.shape[1]:
+            self._bias = np.empty((forbidden.shape[1], 8), dtype=np.float32)
+        bias, values = self._bias.reshape(-1)[: logits.shape[1]], logits.numpy()
+        # Row by row, so that the bias stays in the cache; a fill by a mask of booleans took 4 to 10 times as long with
+        # a vocabulary of 152,000.
+        for i, row_forbidden in zip(rows, forbidden, strict=True):
+            np.take(_BIAS_OF_BYTE, row_forbidden, axis=0, out=self._bias, mode="clip")
+            values[i] += bias
+        return forbidden
+
+    def ends(
+        self, logits: Tensor, rows: dict[int, SamplingRow], forbidden: NDArray[np.uint8], best: list[int]
+    ) -> dict[int, int]:
+        """Tokens of rows that have nothing left to choose: an end token each.
+
+        Where the grammar allowed it (other masks took it away), the output ends well; else `grammar.failure` says why
+        it cannot go on.
+
+        Args:
+            best: the largest logit of every row of `logits`, masks applied.
+        """
+        index = list(rows)
+        values = logits[index, [best[i] for i in index]]
+        found: dict[int, int] = {}
+        for k in (values == float("-inf")).nonzero().flatten().tolist():
+            state = rows[index[k]].grammar
+            ends = [token for token in self._eos_token_ids if not forbidden[k, token >> 3] >> (token & 7) & 1]
+            if not ends and state is not None:
+                state.fail("the other fields of the request forbid every token that it allows")
+            found[index[k]] = ends[0] if ends else self._eos_token_ids[0]
+        return found

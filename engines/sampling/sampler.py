@@ -42,15 +42,12 @@ class Sampler:
             adjust_logits(part, [rows[i] for i in changed], self._eos_token_ids)
             adjusted = logits.clone()
             adjusted[changed] = part
-        constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
-        forced: dict[int, int] = {}
+        constrained = {i: row for i, row in enumerate(rows) if row.grammar is not None}
         if constrained:
-            part = adjusted[constrained]
-            forced_in_part = self._constrainer.constrain(part, [rows[i] for i in constrained])
-            adjusted = logits.clone() if adjusted is logits else adjusted
-            adjusted[constrained] = part
-            forced = {constrained[k]: token_id for k, token_id in forced_in_part.items()}
+            adjusted = self._constrainer.copy(logits) if adjusted is logits else adjusted
+            forbidden = self._constrainer.mask(adjusted, constrained)
         token_ids = _largest(adjusted)
+        forced = self._constrainer.ends(adjusted, constrained, forbidden, token_ids) if constrained else {}
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced]
         if drawn:
             chosen = choose(adjusted[drawn], _filters([rows[i] for i in drawn])).tolist()

@@ -54,12 +54,11 @@ class GrammarMasks:
     """
 
     def __init__(self, vocab_size: int, num_threads: int) -> None:
-        self._vocab_size = vocab_size
         self._executor = llguidance.LLExecutor(num_threads=max(1, num_threads))
         self._bits = np.zeros((0, -(-vocab_size // 32)), dtype=np.int32)
 
-    def allowed(self, states: Sequence[GrammarState]) -> NDArray[np.uint8]:
-        """`[num_states, vocab]` 0 or 1: may this token come next? A row of a failed state is all 0.
+    def forbidden(self, states: Sequence[GrammarState]) -> NDArray[np.uint8]:
+        """`[num_states, bytes]`, a bit per token from the lowest on: 1 is forbidden next. All 1 for a failed state.
 
         A state may occur several times (choices that have no tokens yet).
         """
@@ -77,5 +76,4 @@ class GrammarMasks:
                 state.fail(state.matcher.get_error()[:200])
             if state.failure:
                 bits[i] = 0
-        unpacked = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-        return unpacked[:, : self._vocab_size]
+        return np.invert(bits).view(np.uint8)

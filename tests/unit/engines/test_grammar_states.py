@@ -40,8 +40,8 @@ def _json(schema: Any) -> Constraint:
 
 
 def _allowed(state: GrammarState) -> list[int]:
-    (row,) = GrammarMasks(VOCABULARY.size, 1).allowed([state])
-    return [int(i) for i in np.flatnonzero(row)]
+    (row,) = GrammarMasks(VOCABULARY.size, 1).forbidden([state])
+    return [int(i) for i in np.flatnonzero(np.unpackbits(row, bitorder="little") == 0)]
 
 
 def _matches(tokenizer: llguidance.LLTokenizer, constraint: Constraint, text: str) -> bool:
@@ -122,12 +122,12 @@ def test_ids_that_do_not_match_fail_the_state_and_no_other(tokenizer: llguidance
     template = compile_constraint(_json(PERSON), tokenizer)
     broken, sound = GrammarState(template.deep_copy()), GrammarState(template.deep_copy())
     broken.follow(tokenizer.tokenize_str("not json"))
-    rows = GrammarMasks(VOCABULARY.size, 2).allowed([broken, sound, sound])
+    rows = GrammarMasks(VOCABULARY.size, 2).forbidden([broken, sound, sound])
 
     assert "do not match" in broken.failure
-    assert not rows[0].any()
+    assert (rows[0] == 255).all()
     assert not sound.failure
-    assert rows[1].any()
+    assert not (rows[1] == 255).all()
     assert (rows[1] == rows[2]).all()
 
 
