@@ -22,13 +22,14 @@ from typing import Any
 from benchmarks.cluster import Cluster
 from benchmarks.engine_pinning import allowed_cores, engine_pids, pin_all_but, pinned_self
 from benchmarks.engine_program import Program
-from benchmarks.engine_steps import BinRatio, Step, StepLogReader, batch_sizes, match_bins, mean_ratio
+from benchmarks.engine_steps import BinRatio, Step, StepLogReader, batch_sizes, match_bins, mean_cpu_ratio, mean_ratio
 from benchmarks.errors import TooFewCores
 from benchmarks.load import LoadSpec, Uniform
 from benchmarks.serve import run_load
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 RATIO = "step_loaded_vs_alone"
+CPU_RATIO = "step_cpu_loaded_vs_alone"
 GOAL = 1.05
 NUM_STREAMS = 64
 MAX_NUM_SEQS = 96  # room for those that arrive while others leave, so that 64 streams are 64 sequences
@@ -94,7 +95,11 @@ def measure_isolation(spec: IsolationSpec, *, say: Say) -> tuple[list[dict[str, 
             alone_steps += alone
             num_failed += failed
             say(_round_line(k, spec.num_rounds, rounds[-1], loaded, alone))
-    ratio = paired_ratio([mean_ratio(bins) for bins in rounds], [1.0] * len(rounds), goal=GOAL, at_most=True)
+    ones = [1.0] * len(rounds)
+    ratios = {
+        RATIO: paired_ratio([mean_ratio(bins) for bins in rounds], ones, goal=GOAL, at_most=True),
+        CPU_RATIO: paired_ratio([mean_cpu_ratio(bins) for bins in rounds], ones),
+    }
     common = {"layout": layout, "dtype": spec.dtype, "model": spec.model or "tiny-chat", "num_rounds": len(rounds)}
     total = {
         **common,
@@ -110,7 +115,7 @@ def measure_isolation(spec: IsolationSpec, *, say: Say) -> tuple[list[dict[str, 
         "alone_ms_p99_over_p50": _tail(alone_steps),
     }
     rows = [total, *({**common, "row": "bin", **_bin_row(each)} for each in match_bins(loaded_steps, alone_steps))]
-    return rows, {RATIO: ratio}
+    return rows, ratios
 
 
 @contextmanager
@@ -175,7 +180,8 @@ def _layout(sides: Sides) -> str:
 def _round_line(k: int, num_rounds: int, bins: list[BinRatio], loaded: list[Step], alone: list[Step]) -> str:
     num_compared = sum(each.weight for each in bins)
     return (
-        f"round {k + 1} of {num_rounds}: ratio {mean_ratio(bins):.3f} over {num_compared} steps in {len(bins)} bins "
+        f"round {k + 1} of {num_rounds}: ratio {mean_ratio(bins):.3f} "
+        f"(CPU time {mean_cpu_ratio(bins):.3f}) over {num_compared} steps in {len(bins)} bins "
         f"({len(loaded)} loaded, {len(alone)} alone)"
     )
 
@@ -188,6 +194,8 @@ def _bin_row(each: BinRatio) -> dict[str, Any]:
         "num_alone": each.num_alone,
         "loaded_ms": each.loaded_ms,
         "alone_ms": each.alone_ms,
+        "loaded_cpu_ms": each.loaded_cpu_ms,
+        "alone_cpu_ms": each.alone_cpu_ms,
         "ratio": each.loaded_ms / each.alone_ms,
     }
 

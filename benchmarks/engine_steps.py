@@ -1,6 +1,7 @@
 """Reads step logs, and compares the steps of two engines that had the same work in them. Pure, apart from the reading.
 
-A step log (engines/step_log.py) has a line per step: num_seqs, num_tokens, num_context_tokens, milliseconds.
+A step log (engines/step_log.py) has a line per step: num_seqs, num_tokens, num_context_tokens, milliseconds, and CPU
+milliseconds of the engine thread.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Step(NamedTuple):
     num_tokens: int
     num_context_tokens: int
     step_ms: float
+    cpu_ms: float = math.nan
 
     @property
     def is_pure_decode(self) -> bool:
@@ -46,6 +48,8 @@ class BinRatio:
     num_alone: int
     loaded_ms: float
     alone_ms: float
+    loaded_cpu_ms: float
+    alone_cpu_ms: float
 
     @property
     def weight(self) -> int:
@@ -80,8 +84,8 @@ def match_bins(loaded: Sequence[Step], alone: Sequence[Step]) -> list[BinRatio]:
             key,
             len(left[key]),
             len(right[key]),
-            percentile(left[key], 0.5),
-            percentile(right[key], 0.5),
+            *(percentile([step.step_ms for step in side[key]], 0.5) for side in (left, right)),
+            *(percentile([step.cpu_ms for step in side[key]], 0.5) for side in (left, right)),
         )
         for key in sorted(left.keys() & right.keys())
         if min(len(left[key]), len(right[key])) >= MIN_STEPS
@@ -90,10 +94,12 @@ def match_bins(loaded: Sequence[Step], alone: Sequence[Step]) -> list[BinRatio]:
 
 def mean_ratio(bins: Sequence[BinRatio]) -> float:
     """Geometric mean of loaded / alone over the bins, weighted by steps. NaN without any."""
-    total = sum(each.weight for each in bins)
-    if not total:
-        return math.nan
-    return math.exp(sum(each.weight * math.log(each.loaded_ms / each.alone_ms) for each in bins) / total)
+    return _weighted([(each.weight, each.loaded_ms / each.alone_ms) for each in bins])
+
+
+def mean_cpu_ratio(bins: Sequence[BinRatio]) -> float:
+    """The same of CPU time: without the time in which the engine waited for a core that others used."""
+    return _weighted([(each.weight, each.loaded_cpu_ms / each.alone_cpu_ms) for each in bins])
 
 
 def batch_sizes(steps: Sequence[Step]) -> tuple[int, int]:
@@ -102,15 +108,20 @@ def batch_sizes(steps: Sequence[Step]) -> tuple[int, int]:
     return (math.floor(percentile(sizes, 0.25)), math.ceil(percentile(sizes, 0.95))) if sizes else (0, 0)
 
 
-def _binned(steps: Sequence[Step]) -> Mapping[Bin, list[float]]:
-    bins: dict[Bin, list[float]] = defaultdict(list)
+def _weighted(pairs: Sequence[tuple[int, float]]) -> float:
+    total = sum(weight for weight, _ in pairs)
+    return math.exp(sum(weight * math.log(ratio) for weight, ratio in pairs) / total) if total else math.nan
+
+
+def _binned(steps: Sequence[Step]) -> Mapping[Bin, list[Step]]:
+    bins: dict[Bin, list[Step]] = defaultdict(list)
     for step in steps:
         if step.is_pure_decode:
             context = step.num_context_tokens // step.num_seqs // CONTEXT_BIN_TOKENS
-            bins[Bin(step.num_seqs, context)].append(step.step_ms)
+            bins[Bin(step.num_seqs, context)].append(step)
     return bins
 
 
 def _parse(line: str) -> Step:
-    num_seqs, num_tokens, num_context_tokens, step_ms = line.split("\t")
-    return Step(int(num_seqs), int(num_tokens), int(num_context_tokens), float(step_ms))
+    num_seqs, num_tokens, num_context_tokens, step_ms, cpu_ms = line.split("\t")
+    return Step(int(num_seqs), int(num_tokens), int(num_context_tokens), float(step_ms), float(cpu_ms))

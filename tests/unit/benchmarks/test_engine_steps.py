@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.engine_steps import CONTEXT_BIN_TOKENS, Step, StepLogReader, batch_sizes, match_bins, mean_ratio
+from benchmarks.engine_steps import (
+    CONTEXT_BIN_TOKENS,
+    Step,
+    StepLogReader,
+    batch_sizes,
+    match_bins,
+    mean_cpu_ratio,
+    mean_ratio,
+)
 
 
 def steps(num_seqs: int, step_ms: float, *, num: int = 5, context: int = 10, num_prompt_tokens: int = 0) -> list[Step]:
-    return [Step(num_seqs, num_seqs + num_prompt_tokens, num_seqs * context, step_ms)] * num
+    return [Step(num_seqs, num_seqs + num_prompt_tokens, num_seqs * context, step_ms, 1.0)] * num
 
 
 def test_equal_work_is_compared_bin_by_bin() -> None:
@@ -20,6 +28,7 @@ def test_equal_work_is_compared_bin_by_bin() -> None:
 
     assert [(each.bin.num_seqs, each.num_loaded, each.num_alone) for each in bins] == [(8, 9, 5), (64, 5, 7)]
     assert math.isclose(mean_ratio(bins), 1.1)
+    assert mean_cpu_ratio(bins) == 1.0
 
 
 def test_steps_with_a_prompt_in_them_do_not_count() -> None:
@@ -59,8 +68,8 @@ def test_reader_gives_each_whole_line_once(tmp_path: Path) -> None:
     reader = StepLogReader(path)
 
     assert reader.read_new() == []
-    path.write_text("2\t2\t40\t1.5000\n3\t3\t60\t")
-    assert reader.read_new() == [Step(2, 2, 40, 1.5)]
-    path.write_text("2\t2\t40\t1.5000\n3\t3\t60\t2.5000\n")
-    assert reader.read_new() == [Step(3, 3, 60, 2.5)]
+    path.write_text("2\t2\t40\t1.5000\t1.2500\n3\t3\t60\t")
+    assert reader.read_new() == [Step(2, 2, 40, 1.5, 1.25)]
+    path.write_text("2\t2\t40\t1.5000\t1.2500\n3\t3\t60\t2.5000\t2.0000\n")
+    assert reader.read_new() == [Step(3, 3, 60, 2.5, 2.0)]
     assert reader.read_new() == []
