@@ -9,29 +9,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster import Cluster, Stream, read_streams, running_cluster, wait_until
+from tests.chaos.live_streams import assert_same, bodies
+from tests.cluster import Cluster, read_streams, running_cluster, wait_until
 
 pytestmark = pytest.mark.chaos
-
-NUM_STREAMS = 20
-
-
-def _bodies() -> list[dict[str, Any]]:
-    """Half greedy, half seeded; long enough to be in the middle when the kill comes."""
-    common = {"max_tokens": 160, "ignore_eos": True}
-    stories = [
-        f"<|im_start|>user\nCount from {i} to 90.<|im_end|>\n<|im_start|>assistant\n" for i in range(NUM_STREAMS)
-    ]
-    return [
-        {"prompt": text, "temperature": 0, **common}
-        if i % 2
-        else {"prompt": text, "temperature": 0.9, "top_p": 0.95, "seed": 1000 + i, **common}
-        for i, text in enumerate(stories)
-    ]
 
 
 def _kill(pid: int) -> None:
@@ -53,29 +37,20 @@ def _kill_and_note(pid: int, killed_s: list[float]) -> None:
     killed_s.append(time.monotonic())
 
 
-def _assert_same(undisturbed: list[Stream], disturbed: list[Stream]) -> None:
-    for before, after in zip(undisturbed, disturbed, strict=True):
-        assert after.errors == []
-        assert after.num_done == 1
-        assert after.token_ids == before.token_ids
-        assert after.texts == before.texts
-        assert after.finish_reasons == before.finish_reasons
-
-
 @pytest.mark.parametrize("num_decode", [2, 1])
 def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) -> None:
     victims = VICTIMS if num_decode == 2 else {k: v for k, v in VICTIMS.items() if k != "redis"}
     with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", str(num_decode)) as cluster:
-        undisturbed = asyncio.run(read_streams(cluster.url, _bodies()))
+        undisturbed = asyncio.run(read_streams(cluster.url, bodies()))
         for name, (pid_of, after_s) in victims.items():
             print("killing", name)
             killed_s: list[float] = []
             kill = partial(_kill_and_note, pid_of(cluster), killed_s)
 
-            disturbed = asyncio.run(read_streams(cluster.url, _bodies(), meanwhile=kill, after_s=after_s))
+            disturbed = asyncio.run(read_streams(cluster.url, bodies(), meanwhile=kill, after_s=after_s))
 
             assert min(stream.stamps_s[-1] for stream in disturbed) > killed_s[0], "a stream ended before the kill"
-            _assert_same(undisturbed, disturbed)
+            assert_same(undisturbed, disturbed)
             wait_until(lambda: cluster.get("/ready").status_code == 200, timeout_s=60, what=f"ready after {name}")
         wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
 

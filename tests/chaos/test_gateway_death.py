@@ -1,0 +1,107 @@
+"""kill -9 of the gateway with live streams: its requests run on, and the new gateway resumes each stream exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import httpx2 as httpx
+import pytest
+
+from tests.chaos.live_streams import bodies
+from tests.cluster import read_streams, running_cluster, wait_until
+
+pytestmark = pytest.mark.chaos
+
+NUM_STREAMS = 8
+TIMEOUT = aiohttp.ClientTimeout(total=60)
+ASK_FOR_IDS = {"x-stream-ids": "1"}
+
+
+@dataclass
+class Client:
+    """What one client has got, over all its connections."""
+
+    request_id: str = ""
+    last_event_id: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    num_done: int = 0
+
+    async def read(self, response: aiohttp.ClientResponse) -> None:
+        """To the end of the connection, whatever ends it."""
+        self.request_id = self.request_id or response.headers["x-request-id"]
+        event_id = ""
+        async for raw in response.content:
+            line = raw.decode().rstrip("\n")
+            if line.startswith("id: "):
+                event_id = line[4:]
+            elif line == "data: [DONE]":
+                self.num_done += 1
+            elif line.startswith("data: "):
+                for choice in json.loads(line[6:])["choices"]:
+                    self.text += choice["text"]
+                    self.token_ids += choice.get("token_ids") or []
+                self.last_event_id = event_id
+
+
+async def _until_cut(url: str, clients: list[Client], gateway_pid: int) -> None:
+    """Starts the streams and kills the gateway when each has brought some tokens."""
+
+    async def stream(client: Client, body: dict[str, object]) -> None:
+        full = {**body, "stream": True, "return_token_ids": True}
+        async with session.post(f"{url}/v1/completions", json=full, headers=ASK_FOR_IDS) as response:
+            await client.read(response)
+
+    async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+        started = zip(clients, bodies(num_streams=NUM_STREAMS), strict=True)
+        tasks = [asyncio.create_task(stream(client, body)) for client, body in started]
+        for _ in range(1200):
+            if all(len(client.token_ids) >= 3 for client in clients):
+                break
+            await asyncio.sleep(0.05)
+        os.kill(gateway_pid, signal.SIGKILL)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, aiohttp.ClientError) for end in ends), f"a stream ended before the kill: {ends}"
+
+
+async def _resume(url: str, clients: list[Client]) -> None:
+    async def resume(client: Client) -> None:
+        headers = {"Last-Event-ID": client.last_event_id}
+        async with session.get(f"{url}/v1/requests/{client.request_id}/stream", headers=headers) as response:
+            assert response.status == 200, await response.text()
+            await client.read(response)
+
+    async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+        await asyncio.gather(*[resume(client) for client in clients])
+
+
+def test_streams_of_a_killed_gateway_are_resumed_without_gap_or_repeat(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, "--dtype", "float32") as cluster:
+        undisturbed = asyncio.run(read_streams(cluster.url, bodies(num_streams=NUM_STREAMS)))
+        former_pid = cluster.status()["gateway"][0]["pid"]
+        clients = [Client() for _ in range(NUM_STREAMS)]
+        asyncio.run(_until_cut(cluster.url, clients, former_pid))
+
+        wait_until(lambda: cluster.status()["gateway"][0]["pid"] != former_pid, timeout_s=20, what="a new gateway")
+        assert cluster.status()["gateway"][0]["url"] == cluster.url
+        wait_until(lambda: _answers(cluster.url), timeout_s=20, what="it answers")
+        asyncio.run(_resume(cluster.url, clients))
+
+        for before, client in zip(undisturbed, clients, strict=True):
+            assert client.token_ids == before.token_ids[0]
+            assert client.text == before.texts[0]
+            assert client.num_done == 1
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
