@@ -60,6 +60,7 @@ def _matches(tokenizer: llguidance.LLTokenizer, constraint: Constraint, text: st
         (Constraint("regex", "[0-9]{3}-[a-c]{2}"), "123-ab", "12-ab"),
         (Constraint("lark", choice_grammar(['a"b\n', "é"])), 'a"b\n', "a"),
         (Constraint("lark", 'start: "a" start "b" | "c"'), "aacbb", "aacb"),
+        (Constraint("lark", 'start: start "a" | "b"'), "baa", "aab"),
         (Constraint("lark", "start: x\nx: " + lark_schema('{"type":"integer"}')), "12", "a"),
     ],
 )
