@@ -31,11 +31,8 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 
 def lark_schema(text: str) -> str:
-    """A checked JSON Schema as an expression of a Lark grammar."""
-    schema = json.loads(text)
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    return "%json " + json.dumps(schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
+    """The text that `check_schema` gave, as an expression of a Lark grammar."""
+    return "%json " + json.dumps(json.loads(text) | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
 
 
 def lark_literal(text: str) -> str:

@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import llguidance
 
@@ -82,12 +82,9 @@ def _grammar_text(constraint: Constraint) -> str:
     if len(constraint.text.encode("utf-8", "replace")) > MAX_SCHEMA_BYTES:
         raise BadConstraint("schema_too_complex", f"a constraint may have at most {MAX_SCHEMA_BYTES} bytes")
     if constraint.kind == "json":
-        check_schema(json.loads(constraint.text))
-        return str(
-            llguidance.LLMatcher.grammar_from_json_schema(
-                constraint.text, overrides={"whitespace_pattern": JSON_WHITESPACE}
-            )
-        )
+        text = check_schema(json.loads(constraint.text))
+        options: Any = {"whitespace_pattern": JSON_WHITESPACE}
+        return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options))
     if constraint.kind == "regex":
         check_pattern(constraint.text)
         return str(llguidance.LLMatcher.grammar_from_regex(constraint.text))

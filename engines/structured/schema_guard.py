@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import unquote
@@ -38,6 +39,7 @@ _PAIRS: Final = (
 _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLES: Final = ("items", "additionalProperties", "additionalItems")
+_INDEX: Final = re.compile(r"[0-9]{1,9}")
 _SAME_PLACE: Final = ("anyOf", "oneOf", "allOf")  # a reference through these consumes nothing
 
 
@@ -53,10 +55,16 @@ def check_schema(schema: Any, *, needs_object: bool = False, will_compile: bool 
     """
     if not isinstance(schema, dict | bool) or (needs_object and not isinstance(schema, dict)):
         raise BadConstraint("invalid_value", "a JSON Schema must be an object")
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}  # the same, as the compiler takes it
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    if len(text.encode("utf-8", "replace")) > MAX_SCHEMA_BYTES:
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadConstraint("invalid_value", "a JSON Schema must not hold a lone surrogate") from error
+    if num_bytes > MAX_SCHEMA_BYTES:
         raise BadConstraint("schema_too_complex", f"a JSON Schema may have at most {MAX_SCHEMA_BYTES} bytes")
-    if needs_object and isinstance(schema, dict) and schema.get("type", "object") != "object":
+    if needs_object and schema.get("type", "object") != "object":
         raise BadConstraint("invalid_value", "the type of a tool's parameters must be object", pointer="/type")
     for num_schemas, (place, pointer, depth) in enumerate(_subschemas(schema), start=1):
         if depth > MAX_DEPTH:
@@ -126,7 +134,8 @@ def _check_type(schema: dict[str, Any], pointer: str) -> None:
 def _check_numbers(schema: dict[str, Any], pointer: str) -> None:
     for name in _NUMBERS:
         value = schema.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (isinstance(value, float) and not math.isfinite(value)):
             message = f"{name} must be a number (got {_shown(value)})"
             raise BadConstraint("invalid_value", message, pointer=f"{pointer}/{name}")
     if "multipleOf" in schema and schema["multipleOf"] <= 0:
@@ -190,7 +199,7 @@ def _resolve(root: Any, ref: Any, pointer: str) -> Any:
     found = root
     for part in ref.split("/")[1:]:
         key = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and key.isdigit() and int(key) < len(found):
+        if isinstance(found, list) and _INDEX.fullmatch(key) and int(key) < len(found):
             found = found[int(key)]
         elif isinstance(found, dict) and key in found:
             found = found[key]

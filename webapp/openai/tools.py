@@ -25,12 +25,13 @@ from webapp.openai.tool_calls import CLOSE, OPEN
 MAX_TOOLS: Final = 128
 WORDS: Final = ("none", "auto", "required")
 NAMED: Final = "named"
+_SHOWN: Final = ("name", "description", "parameters")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function. `shown` is what the chat template gets: the client's object without `strict`."""
+    """A function. `shown` is what the chat template gets: name, description and parameters, in the client's order."""
 
     name: str
     parameters: dict[str, Any]
@@ -179,7 +180,7 @@ def _tool(item: Any, path: str) -> Tool:
     if parameters is not None:
         # The model may call it or not, so what only a grammar would need is checked when there is one.
         schema_text(parameters, f"{where}.parameters", needs_object=True, will_compile=False)
-    shown_function = {key: value for key, value in function.items() if key != "strict" and value is not None}
+    shown_function = {key: value for key, value in function.items() if key in _SHOWN and value is not None}
     return Tool(name, parameters or {"type": "object"}, path, {"type": "function", "function": shown_function})
 
 

@@ -155,6 +155,7 @@ def test_good_fields_become_constraints_on_both_endpoints(model: ServedModel) ->
     )
     by_text = _constraint(model, {"structured_outputs": {"json": json.dumps(SCHEMA)}})
     assert by_text == _constraint(model, _format(SCHEMA))
+    assert _constraint(model, {"structured_outputs": {"json": True}}) == Constraint("json", "{}")
     call = parse_completion({"prompt": "Hi", **_format(SCHEMA)}, model, unknown_fields="reject")
     assert call.params[0].constraint == by_text
 
