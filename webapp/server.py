@@ -18,6 +18,7 @@ from configs.schema import Settings
 from webapp.app import create_app, gateway_of
 from webapp.errors import ApiError
 from webapp.gateway import DRAIN_GRACE_S, Gateway
+from webapp.serving import WRITE_DEADLINE_S
 
 HEAD_DEADLINE_S: Final = 10.0
 UNREAD_BODY_S: Final = 2.0
@@ -57,8 +58,13 @@ class GatewayWorker(ThreadWorker):  # type: ignore[misc]
             return
         super().finish_request(conn, fs)
 
+    def init_process(self) -> None:
+        self.log.error_log.addFilter(one_line_for_timeouts)
+        super().init_process()
+
     def head_came(self, request: Any) -> None:
-        """The deadline of the head is met; the body has its own."""
+        """The deadline of the head is met; the body has its own, and each write of the answer `WRITE_DEADLINE_S`."""
+        request.unreader.sock.settimeout(WRITE_DEADLINE_S)
         gateway: Gateway | None = getattr(self.app, "gateway", None)
         if gateway is not None:
             gateway.watcher.end_read_deadline(request.unreader.sock)
@@ -147,6 +153,14 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "limit_request_fields": 100,
         "limit_request_field_size": 16384,
     }
+
+
+def one_line_for_timeouts(record: logging.LogRecord) -> bool:
+    """A log filter: a client that does not read its answer is no defect of ours, so it gets no traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, TimeoutError):
+        record.msg, record.args, record.exc_info = "a client did not read its answer in time: closed", (), None
+    return True
 
 
 def run_gateway(settings: Settings) -> None:

@@ -68,8 +68,6 @@ class Serving:
 
     def stream(self, *, with_ids: bool) -> Iterator[bytes]:
         """The bytes of the stream; each value is one write. Ends with `[DONE]`, always."""
-        if self._sock is not None:
-            self._sock.settimeout(WRITE_DEADLINE_S)
         try:
             # The head goes out with the first byte: within a second, also while the request is queued.
             silent_since_s = self.gateway.clock() + TICK_S - sse.HEARTBEAT_AFTER_S
