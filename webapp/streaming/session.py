@@ -147,6 +147,9 @@ def failure_of(state: str, reason: str, rid: str) -> StreamFailed:
         return StreamFailed(499, "cancelled", f"request {rid} was cancelled")
     if reason == "constraint_failed":
         message = f"request {rid}: nothing can follow that its structured output allows; loosen it or the other fields"
-        return StreamFailed(400, "constraint_failed", message)
+        return StreamFailed(400, reason, message)
+    if reason == "schema_too_complex":
+        message = f"request {rid}: its structured output took a worker too long to compile; use a simpler one"
+        return StreamFailed(400, reason, message)
     message = f"request {rid} failed ({reason or 'no reason given'}); its workers were lost or gave up, send it again"
     return StreamFailed(502, "upstream_failed", message)
