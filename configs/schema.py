@@ -69,6 +69,10 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "torch", "native"],
         Meta(description="Attention, norms, rotation. `native` is C++, compiled at first use; needs g++."),
     ] = "auto"
+    deterministic: Annotated[
+        bool,
+        Meta(description="bfloat16 tokens depend on nothing but their request: not on batch, chunks or a recovery."),
+    ] = False
 
 
 class PrefillSettings(RoleSettings, kw_only=True, forbid_unknown_fields=True):

@@ -63,7 +63,12 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     dtype = choose_dtype(settings.model.dtype, device)
     folder = resolve_model(settings.model.path, settings.model.revision)
     model, model_config = build_engine_model(
-        folder, dtype=dtype, device=device, linear=settings.engine.linear, kernels=settings.engine.kernels
+        folder,
+        dtype=dtype,
+        device=device,
+        linear=settings.engine.linear,
+        kernels=settings.engine.kernels,
+        deterministic=settings.engine.deterministic,
     )
     max_model_len = _context(settings.model.max_model_len, model_config)
 

@@ -64,11 +64,12 @@ def build_engine_model(
     progress: Progress | None = None,
     linear: str = "auto",
     kernels: str = "auto",
+    deterministic: bool = False,
 ) -> tuple[LlamaModel | GenericModel, ModelShape]:
     """Read config and weights of a model folder. Blocks until all is in memory and in the order its linears want.
 
     Args:
-        linear, kernels: the settings `engine.linear` and `engine.kernels`.
+        linear, kernels, deterministic: the settings of section `engine`.
 
     Raises:
         ModelError: the folder cannot be served; the message says what is wrong with which file.
@@ -79,13 +80,26 @@ def build_engine_model(
         config = ModelConfig.from_folder(folder)
     except UnsupportedModel as error:
         logger.info("%s", error)
+        if deterministic:
+            raise DeviceUnavailable(
+                asked="engine.deterministic",
+                why=f"{folder} runs on transformers' own layers, whose results depend on the batch",
+                hint="Set it to false, or serve a model of the Llama, Qwen or Mistral families.",
+            ) from error
         return load_generic(folder, dtype=dtype)
+    if deterministic and any(config.windows):
+        raise DeviceUnavailable(
+            asked="engine.deterministic",
+            why=f"{folder} has sliding windows, whose attention depends on how a prompt is cut into chunks",
+            hint="Set it to false, or serve a model without them.",
+        )
     weights = load_weights(folder, config, dtype=dtype, device=device, progress=progress)
     model = LlamaModel(
         config,
         weights,
-        linear=choose_linear(linear, dtype=dtype, device=device),
+        linear=choose_linear(linear, dtype=dtype, device=device, deterministic=deterministic),
         kernels=find_kernels(kernels, dtype=dtype, device=device),
+        is_deterministic=deterministic,
     )
     logger.info("%s: loaded as %s in %.2f s", folder, str(dtype).removeprefix("torch."), time.monotonic() - started_s)
     return model, config

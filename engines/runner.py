@@ -176,7 +176,7 @@ class ModelRunner:
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:
     if isinstance(model, GenericModel):
         return model.make_attention(kv)
-    make = partial(choose_attention, kv, model.config.num_heads, model.kernels)
+    make = partial(choose_attention, kv, model.config.num_heads, model.kernels, deterministic=model.is_deterministic)
     windows = model.config.windows
     return WindowedAttention(make, kv, windows) if any(windows) else make()
 

@@ -3,7 +3,9 @@
     rows with one query      splits of 512 tokens in parallel, merged in order    cpp/decode_attention.h
     rows with several        tiles of queries in parallel                         cpp/prefill_attention.h
 
-A row's result depends on its own tokens alone: not on the batch, the chunk it comes in or the number of threads.
+A row's result depends on its own tokens alone: not on the batch, the chunk it comes in or the number of threads. But
+the two kernels add in different orders. `deterministic` sends all rows through the second, so that a token computed in
+a decode step equals the same token computed again in a prompt, bit for bit.
 """
 
 from __future__ import annotations
@@ -58,13 +60,14 @@ class _StepArgs(ctypes.Structure):
 class NativeAttention:
     """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
 
-    def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels) -> None:
+    def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels, *, deterministic: bool = False) -> None:
         _, num_layers, _, num_kv_heads, block_size, head_dim = kv.shape
         assert kv.is_contiguous()
         assert kv.dtype == kernels.dtype
         assert head_dim in HEAD_DIMS, head_dim
         self._kv = kv
         self._kernels = kernels
+        self._deterministic = deterministic
         self._head_dim = head_dim
         self._tile_tokens = max(1, QUERY_ROWS // (num_heads // num_kv_heads))
         self._args = _StepArgs(
@@ -89,7 +92,7 @@ class NativeAttention:
         tables = np.fromiter(
             chain.from_iterable(row.block_table for row in rows), dtype=np.int64, count=int(lengths.sum())
         )
-        is_decode = num_new == 1
+        is_decode = np.zeros(len(rows), dtype=bool) if self._deterministic else num_new == 1
         splits = np.where(is_decode, starts // SPLIT_TOKENS + 1, 0)
         tiles = np.where(is_decode, 0, -(-num_new // self._tile_tokens))
         decode_row, decode_split = _tasks(splits)
@@ -120,11 +123,13 @@ class NativeAttention:
         args.partials = self._partials.data_ptr()
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        assert k.stride()[1:] == v.stride()[1:] == (self._head_dim, 1), (k.stride(), v.stride())
         self._kernels.write_kv(
             self._address, layer, self._head_dim, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)
         )
 
     def forward(self, layer: int, q: Tensor) -> Tensor:
+        assert q.stride()[1:] == (self._head_dim, 1), q.stride()
         out = torch.empty(q.shape, dtype=q.dtype)
         self._kernels.attend(self._address, layer, self._head_dim, q.data_ptr(), q.stride(0), out.data_ptr())
         return out

@@ -14,13 +14,22 @@ from engines.linear.torch_linear import TorchBackend
 logger = logging.getLogger(__name__)
 
 
-def choose_linear(asked: str, *, dtype: torch.dtype, device: str) -> LinearBackend:
+def choose_linear(asked: str, *, dtype: torch.dtype, device: str, deterministic: bool = False) -> LinearBackend:
     """The backend for the setting `engine.linear` (auto, torch, onednn).
 
     Raises:
-        DeviceUnavailable: `onednn` was asked for by name and this torch, device or dtype does not have it.
+        DeviceUnavailable: `onednn` was asked for by name, or is what `deterministic` needs, and is not to be had.
     """
     why = _why_not_onednn(dtype, device)
+    if deterministic:
+        if why or asked == "torch":
+            raise DeviceUnavailable(
+                asked="engine.deterministic",
+                why=why or "torch's linear layers depend on the batch",
+                hint="Set `engine.linear` to auto, or `engine.deterministic` to false.",
+            )
+        logger.info("linear layers: onednn, deterministic")
+        return OnednnBackend(deterministic=True)
     if asked == "onednn" and why:
         raise DeviceUnavailable(asked="onednn", why=why, hint="Set `engine.linear` to auto or torch.")
     backend: LinearBackend = TorchBackend() if asked == "torch" or why else OnednnBackend()

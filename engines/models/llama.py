@@ -76,6 +76,7 @@ class LlamaModel:
     Args:
         linear: makes the linear layers; torch's unless told otherwise.
         kernels: C++ for norms, SiLU and rotation, and for the attention of whoever runs this model; None is torch.
+        is_deterministic: whoever runs this model gives it an attention whose order of summation is the sequence's.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class LlamaModel:
         *,
         linear: LinearBackend | None = None,
         kernels: Kernels | None = None,
+        is_deterministic: bool = False,
     ) -> None:
         linear = linear or TorchBackend()
         self.config = config
         self.kernels = kernels
+        self.is_deterministic = is_deterministic
         self._embed = weights.embed
         self._norm = weights.norm
         self._layers = tuple(_Layer(layer, linear) for layer in weights.layers)
