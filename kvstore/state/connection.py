@@ -21,6 +21,7 @@ from kvstore.state.library import Library, build_of
 _log = logging.getLogger(__name__)
 
 MAX_BLOCK_S: Final = 2.0
+MAX_CONNECTIONS: Final = 64  # of one process; a call takes about a millisecond, so a short wait serves many threads
 Argument = str | bytes | int | float
 _T = TypeVar("_T")
 
@@ -41,7 +42,7 @@ _LATER_CODES: Final = frozenset(
 
 
 class Connection:
-    """Calls on one server. Thread-safe: each thread takes a connection of its own out of the pool."""
+    """Calls on one server. Thread-safe: each call takes a connection out of the pool, or waits for one."""
 
     def __init__(self, url: str, *, library: Library, timeout_s: float) -> None:
         self._library = library
@@ -156,8 +157,11 @@ class Connection:
 
 
 def _client(url: str, *, timeout_s: float) -> redis.Redis:
-    return redis.Redis.from_url(
+    # A pool that makes callers wait: redis-py's usual one refuses the 101st call at a time, a gateway has more threads.
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=timeout_s,
         protocol=2,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
@@ -167,6 +171,7 @@ def _client(url: str, *, timeout_s: float) -> redis.Redis:
         # here: the caller knows whether it still has the time.
         retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
     )
+    return redis.Redis.from_pool(pool)
 
 
 def _run(client: redis.Redis, *words: Argument) -> Any:
