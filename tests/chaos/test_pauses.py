@@ -1,4 +1,5 @@
-"""Parts that stop for a while and wake up again, lost connections, a wiped state: every stream stays as it was."""
+"""Parts that stop for a while and wake up again, lost connections, a wiped state, workers that end in good order: every
+stream stays as it was."""
 
 from __future__ import annotations
 
@@ -46,6 +47,8 @@ def _faults(cluster: Cluster) -> dict[str, tuple[float, Callable[[], None]]]:
         "state server paused": (1.0, partial(_pause, server_pid, 4.0)),
         "connections killed": (1.0, partial(_command, url, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")),
         "state wiped": (1.0, partial(_command, url, "FLUSHALL")),
+        "prefill worker asked to end": (0.05, partial(os.kill, prefill["pid"], signal.SIGTERM)),
+        "decode worker asked to end": (1.0, partial(os.kill, decode["pid"], signal.SIGTERM)),
     }
 
 
@@ -54,7 +57,7 @@ def _timed(fault: Callable[[], None], began_s: list[float]) -> None:
     fault()
 
 
-def test_streams_survive_pauses_lost_connections_and_a_wiped_state(tmp_path: Path) -> None:
+def test_streams_survive_pauses_lost_connections_a_wiped_state_and_orderly_ends(tmp_path: Path) -> None:
     with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", "2") as cluster:
         undisturbed = asyncio.run(read_streams(cluster.url, bodies()))
         for name, (after_s, fault) in _faults(cluster).items():
