@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from engines import messages
+from engines.dry_runs import DryRuns
 from engines.errors import EngineError
 from engines.figures import EngineFigures
 from engines.finish import Finish, FinishRule
@@ -115,6 +116,7 @@ class EngineCore:
             unschedule=self._stop_sequence,
             clock=clock,
         )
+        self._dry_runs = DryRuns(node=node, pool=pool, block_size=block_size, incarnation=incarnation, clock=clock)
         self._reader = HandoffReader(
             node=node,
             pool=pool,
@@ -138,7 +140,8 @@ class EngineCore:
             case messages.Stop(rid, c):
                 self._stop_choice(rid, c)
             case messages.Peers(targets):
-                self._writer.set_peers(targets)
+                self._dry_runs.meet(targets)
+                self._writer.set_peers(self._dry_runs.usable)
                 self._writer.seek()
             case messages.Lease():
                 self._lease_s, self._stale_steps = self._clock(), 0
@@ -225,6 +228,10 @@ class EngineCore:
 
     # ---------------------------------------------------------------- events of the KV node
     def handle_kv(self, event: kv.Event) -> None:
+        if self._dry_runs.owns(event.xfer):
+            self._dry_runs.on_event(event)
+            self._writer.set_peers(self._dry_runs.usable)
+            return
         match event:
             case kv.ReserveRequested():
                 self._reader.on_reserve(event)
@@ -258,6 +265,7 @@ class EngineCore:
         An error of the forward pass fails the sequences of this step by name and leaves the others alone.
         """
         now = self._clock()
+        self._dry_runs.turn()
         self._writer.seek()
         self._settle_grammars()
         self._report_stats(now)
@@ -453,7 +461,7 @@ class EngineCore:
     def next_wakeup_s(self) -> float:
         """Clock time at which `step` may have something to do without any message."""
         now = self._clock()
-        parts = (self._writer.next_wakeup_s(), self._grammars.next_wakeup_s())
+        parts = (self._writer.next_wakeup_s(), self._dry_runs.next_wakeup_s(), self._grammars.next_wakeup_s())
         times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *parts]
         return min(time for time in times if time is not None)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engines import messages
+from engines.dry_runs import DRY_RUN_RID
 from engines.messages import EngineMessage
 from engines.sequence import Sequence
 from engines.transfer_state import TransferState, decode_state
@@ -80,10 +81,15 @@ class HandoffReader:
             self._kv.grant(event, None, reason="no_space")
             return
         self._kv.grant(event, blocks)
+        if event.rid == DRY_RUN_RID:
+            return  # the front has no business with it
         self._promised[event.xfer] = event.rid
         self._send(messages.Incoming(event.rid, event.xfer))
 
     def on_arrived(self, event: kv.Arrived) -> None:
+        if event.rid == DRY_RUN_RID:
+            self._kv.settle(event.xfer, False)
+            return
         state = decode_state(event.state)
         self._promised.pop(event.xfer, None)
         self._arrivals[event.xfer] = Arrival(
