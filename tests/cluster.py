@@ -134,10 +134,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, 
             event = "message"
 
 
-async def read_stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Stream:
-    """POST one streaming completion and read it to its end."""
-    num_choices = int(body.get("n", 1))
-    stream = Stream([[] for _ in range(num_choices)], [""] * num_choices, [None] * num_choices)
+async def read_stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: Stream) -> Stream:
+    """POST one streaming completion and read it to its end, into `stream`."""
     async with session.post(f"{url}/v1/completions", json={**body, "stream": True, "return_token_ids": True}) as reply:
         assert reply.status == 200, await reply.text()
         stream.request_id = reply.headers.get("x-request-id", "")
@@ -152,6 +150,11 @@ async def read_stream(session: aiohttp.ClientSession, url: str, body: dict[str, 
     return stream
 
 
+def _empty_stream(body: dict[str, Any]) -> Stream:
+    num_choices = int(body.get("n", 1))
+    return Stream([[] for _ in range(num_choices)], [""] * num_choices, [None] * num_choices)
+
+
 def _take_chunk(stream: Stream, chunk: dict[str, Any]) -> None:
     for choice in chunk["choices"]:
         index = choice["index"]
@@ -163,14 +166,23 @@ def _take_chunk(stream: Stream, chunk: dict[str, Any]) -> None:
 
 
 async def read_streams(
-    url: str, bodies: list[dict[str, Any]], *, meanwhile: Callable[[], object] | None = None, after_s: float = 0.0
+    url: str,
+    bodies: list[dict[str, Any]],
+    *,
+    meanwhile: Callable[[], object] | None = None,
+    after_s: float = 0.0,
+    after_tokens: int = 0,
 ) -> list[Stream]:
-    """All streams at once; `meanwhile` runs in a thread `after_s` seconds in."""
+    """All streams at once. `meanwhile` runs in a thread, after `after_s` and once each has `after_tokens` tokens."""
     timeout = aiohttp.ClientTimeout(total=280)
     connector = aiohttp.TCPConnector(limit=0)
+    streams = [_empty_stream(body) for body in bodies]
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        tasks = [asyncio.create_task(read_stream(session, url, body)) for body in bodies]
+        reads = [read_stream(session, url, body, stream) for body, stream in zip(bodies, streams, strict=True)]
+        tasks = [asyncio.create_task(read) for read in reads]
         if meanwhile is not None:
             await asyncio.sleep(after_s)
+            while any(len(stream.token_ids[0]) < after_tokens for stream in streams):
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(meanwhile)
         return list(await asyncio.gather(*tasks))

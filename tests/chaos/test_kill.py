@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,14 @@ def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-# Part -> its pid, and seconds after the requests at which it dies: prompts are computed early, tokens come later.
-VICTIMS: dict[str, tuple[Callable[[Cluster], int], float]] = {
-    "decode front": (lambda cluster: cluster.worker("decode")["pid"], 1.0),
-    "decode engine": (lambda cluster: cluster.worker("decode")["engine_pids"][0], 1.0),
-    "prefill front": (lambda cluster: cluster.worker("prefill")["pid"], 0.15),
-    "prefill engine": (lambda cluster: cluster.worker("prefill")["engine_pids"][0], 0.15),
-    "redis": (lambda cluster: cluster.status()["redis"]["pid"], 1.0),
+# Part -> its pid, and when it dies: prompts are computed within the first moments, tokens come later.
+EARLY, MIDDLE = {"after_s": 0.05}, {"after_tokens": 25}
+VICTIMS: dict[str, tuple[Callable[[Cluster], int], dict[str, Any]]] = {
+    "decode front": (lambda cluster: cluster.worker("decode")["pid"], MIDDLE),
+    "decode engine": (lambda cluster: cluster.worker("decode")["engine_pids"][0], MIDDLE),
+    "prefill front": (lambda cluster: cluster.worker("prefill")["pid"], EARLY),
+    "prefill engine": (lambda cluster: cluster.worker("prefill")["engine_pids"][0], EARLY),
+    "redis": (lambda cluster: cluster.status()["redis"]["pid"], MIDDLE),
 }
 
 
@@ -37,21 +39,27 @@ def _kill_and_note(pid: int, killed_s: list[float]) -> None:
     killed_s.append(time.monotonic())
 
 
+def _all_ready(cluster: Cluster) -> bool:
+    workers = cluster.status()["workers"]
+    is_ready = all(worker["state"] == "ready" and worker["engine_pids"] for worker in workers)
+    return is_ready and cluster.get("/ready").status_code == 200
+
+
 @pytest.mark.parametrize("num_decode", [2, 1])
 def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) -> None:
     victims = VICTIMS if num_decode == 2 else {k: v for k, v in VICTIMS.items() if k != "redis"}
     with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", str(num_decode)) as cluster:
         undisturbed = asyncio.run(read_streams(cluster.url, bodies()))
-        for name, (pid_of, after_s) in victims.items():
+        for name, (pid_of, moment) in victims.items():
             print("killing", name)
             killed_s: list[float] = []
             kill = partial(_kill_and_note, pid_of(cluster), killed_s)
 
-            disturbed = asyncio.run(read_streams(cluster.url, bodies(), meanwhile=kill, after_s=after_s))
+            disturbed = asyncio.run(read_streams(cluster.url, bodies(), meanwhile=kill, **moment))
 
             assert min(stream.stamps_s[-1] for stream in disturbed) > killed_s[0], "a stream ended before the kill"
             assert_same(undisturbed, disturbed)
-            wait_until(lambda: cluster.get("/ready").status_code == 200, timeout_s=60, what=f"ready after {name}")
+            wait_until(lambda: _all_ready(cluster), timeout_s=60, what=f"all workers ready after {name}")
         wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
 
 

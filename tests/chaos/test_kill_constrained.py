@@ -30,14 +30,14 @@ def test_a_recovered_output_goes_on_in_its_grammar(role: str, tmp_path: Path) ->
     with running_cluster(tmp_path, "--dtype", "float32") as cluster:
         undisturbed = asyncio.run(read_streams(cluster.url, _bodies()))
         killed_s: list[float] = []
+        pid = cluster.worker(role)["engine_pids"][0]
 
         def kill() -> None:
-            os.kill(cluster.worker(role)["engine_pids"][0], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             killed_s.append(time.monotonic())
 
-        disturbed = asyncio.run(
-            read_streams(cluster.url, _bodies(), meanwhile=kill, after_s=0.8 if role == "decode" else 0.1)
-        )
+        moment: dict[str, Any] = {"after_tokens": 10} if role == "decode" else {"after_s": 0.05}
+        disturbed = asyncio.run(read_streams(cluster.url, _bodies(), meanwhile=kill, **moment))
 
         assert max(stream.stamps_s[-1] for stream in disturbed) > killed_s[0], "all streams ended before the kill"
         for before, after in zip(undisturbed, disturbed, strict=True):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -19,6 +20,7 @@ from tests.cluster import Cluster, read_streams, running_cluster, wait_until
 
 pytestmark = pytest.mark.chaos
 
+EARLY, MIDDLE = {"after_s": 0.05}, {"after_tokens": 25}
 MAX_LINES = 12  # of one log, about one outage
 
 
@@ -35,20 +37,20 @@ def _command(url: str, *words: str) -> None:
         client.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
-def _faults(cluster: Cluster) -> dict[str, tuple[float, Callable[[], None]]]:
+def _faults(cluster: Cluster) -> dict[str, tuple[dict[str, Any], Callable[[], None]]]:
     """Name -> when it comes after the requests, and what it does. Leases are 2 s: 4 s is a death that was none."""
     status = cluster.status()
     prefill, decode = cluster.worker("prefill"), cluster.worker("decode")
     url, server_pid = status["redis"]["url"], status["redis"]["pid"]
     return {
-        "decode front paused": (1.0, partial(_pause, decode["pid"], 4.0)),
-        "decode engine paused": (1.0, partial(_pause, decode["engine_pids"][0], 4.0)),
-        "prefill front paused": (0.05, partial(_pause, prefill["pid"], 4.0)),
-        "state server paused": (1.0, partial(_pause, server_pid, 4.0)),
-        "connections killed": (1.0, partial(_command, url, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")),
-        "state wiped": (1.0, partial(_command, url, "FLUSHALL")),
-        "prefill worker asked to end": (0.05, partial(os.kill, prefill["pid"], signal.SIGTERM)),
-        "decode worker asked to end": (1.0, partial(os.kill, decode["pid"], signal.SIGTERM)),
+        "decode front paused": (MIDDLE, partial(_pause, decode["pid"], 4.0)),
+        "decode engine paused": (MIDDLE, partial(_pause, decode["engine_pids"][0], 4.0)),
+        "prefill front paused": (EARLY, partial(_pause, prefill["pid"], 4.0)),
+        "state server paused": (MIDDLE, partial(_pause, server_pid, 4.0)),
+        "connections killed": (MIDDLE, partial(_command, url, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")),
+        "state wiped": (MIDDLE, partial(_command, url, "FLUSHALL")),
+        "prefill worker asked to end": (EARLY, partial(os.kill, prefill["pid"], signal.SIGTERM)),
+        "decode worker asked to end": (MIDDLE, partial(os.kill, decode["pid"], signal.SIGTERM)),
     }
 
 
@@ -60,12 +62,12 @@ def _timed(fault: Callable[[], None], began_s: list[float]) -> None:
 def test_streams_survive_pauses_lost_connections_a_wiped_state_and_orderly_ends(tmp_path: Path) -> None:
     with running_cluster(tmp_path, "--dtype", "float32", "--prefill", "1", "--decode", "2") as cluster:
         undisturbed = asyncio.run(read_streams(cluster.url, bodies()))
-        for name, (after_s, fault) in _faults(cluster).items():
+        for name, (moment, fault) in _faults(cluster).items():
             print("fault:", name)
             began_s: list[float] = []
 
             disturbed = asyncio.run(
-                read_streams(cluster.url, bodies(), meanwhile=partial(_timed, fault, began_s), after_s=after_s)
+                read_streams(cluster.url, bodies(), meanwhile=partial(_timed, fault, began_s), **moment)
             )
 
             assert min(stream.stamps_s[-1] for stream in disturbed) > began_s[0], "a stream ended before the fault"
