@@ -274,6 +274,7 @@ class EngineCore:
         plan = self._scheduler.schedule(now)
         if plan is None:
             return False
+        self._stale_steps += now - self._lease_s > STALE_LEASE_S
         for rid in {sequence.rid: None for sequence in plan.preempted}:
             self._preempt(rid)
         if not plan.scheduled:
@@ -453,14 +454,13 @@ class EngineCore:
 
     # ---------------------------------------------------------------- time and figures
     def _is_suspended(self, now: float) -> bool:
-        age = now - self._lease_s
-        if age > STALE_LEASE_S:
-            self._stale_steps += 1
-        return age > SUSPEND_AFTER_S or self._stale_steps > MAX_STALE_STEPS
+        return now - self._lease_s > SUSPEND_AFTER_S or self._stale_steps >= MAX_STALE_STEPS
 
     def next_wakeup_s(self) -> float:
         """Clock time at which `step` may have something to do without any message."""
         now = self._clock()
+        if self._is_suspended(now):
+            return self._stats_at_s  # the lease that ends it comes as a message
         parts = (self._writer.next_wakeup_s(), self._dry_runs.next_wakeup_s(), self._grammars.next_wakeup_s())
         times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *parts]
         return min(time for time in times if time is not None)
