@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kvstore.blocks import BlockPool
     from kvstore.clock import Clock
 
+TOO_LARGE = "too_large"  # the whole pool here has fewer blocks: waiting cannot help
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -72,6 +74,9 @@ class HandoffReader:
 
     def on_reserve(self, event: kv.ReserveRequested) -> None:
         """All the blocks asked for, or none: a sequence that holds a part of what it needs can only block others."""
+        if event.num_blocks > self._pool.num_blocks:
+            self._kv.grant(event, None, reason=TOO_LARGE)
+            return
         if not self._may_admit(event.num_blocks, self.num_expected):
             self._kv.grant(event, None, reason="no_space")
             return

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from engines.messages import Add, EngineMessage, Granted, NoGrant, Pushed, Target
+from engines.handoff_reader import TOO_LARGE
+from engines.messages import Add, EngineMessage, Failed, Granted, NoGrant, Pushed, Target
 from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
 from engines.transfer_state import TransferState, encode_state
@@ -59,6 +60,7 @@ class Outgoing:
     attempt: int = 0  # grants so far
     num_failures: int = 0
     next_target: int = 0
+    num_too_large: int = 0  # refusals in a row because a whole pool is too small
     is_scheduled: bool = False  # the scheduler has it, or had it until it was computed
     is_computed: bool = False
     choices: list[list[int]] = field(default_factory=list)
@@ -205,8 +207,19 @@ class HandoffWriter:
         out.advance(PushPhase.SEEKING)
         out.next_target += 1
         targets = self._peers or out.add.targets
+        out.num_too_large = out.num_too_large + 1 if event.reason == TOO_LARGE else 0
+        if out.num_too_large >= len(targets):
+            self._refuse(out)
+            return
         if out.next_target % max(len(targets), 1) == 0:
             self._retry_at_s = self._clock() + RETRY_S
+
+    def _refuse(self, out: Outgoing) -> None:
+        """No decode worker could ever hold it."""
+        del self._by_rid[out.add.rid]
+        self._let_go(out)
+        text = f"{out.num_blocks} KV blocks are needed, every decode worker has fewer (`kv.memory_bytes`)"
+        self._send(Failed(out.add.rid, "context_length_exceeded", text))
 
     def _give_up_seeking(self, out: Outgoing) -> None:
         del self._by_rid[out.add.rid]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from engines.handoff_reader import TOO_LARGE
 from engines.handoff_writer import MAX_PUSH_FAILURES, MAX_RESERVES_IN_FLIGHT, PATIENCE_S, RETRY_S, HandoffWriter
-from engines.messages import Add, EngineMessage, Granted, NoGrant, Pushed, Target
+from engines.messages import Add, EngineMessage, Failed, Granted, NoGrant, Pushed, Target
 from engines.params import SamplingParams
 from engines.scheduler.plan import ScheduledSequence, StepPlan
 from engines.sequence import Sequence
@@ -162,6 +163,20 @@ def test_a_full_worker_is_passed_over_for_the_next_and_asked_again_later() -> No
     rig.writer.seek()
 
     assert [call[1] for call in rig.kv.named("reserve")] == ["d0", "d1", "d0"]
+
+
+def test_what_no_decode_worker_could_ever_hold_is_refused_by_name() -> None:
+    rig = Rig("d0", "d1")
+    rig.add()
+
+    rig.writer.on_refusal(GrantRefused("p:1", TOO_LARGE))
+    rig.writer.seek()
+    assert rig.said == []
+    rig.writer.on_refusal(GrantRefused("p:2", TOO_LARGE))
+
+    assert isinstance(rig.said[-1], Failed)
+    assert rig.said[-1].code == "context_length_exceeded"
+    assert not rig.writer.knows("r")
 
 
 def test_only_the_oldest_ask_while_pools_are_full() -> None:
