@@ -108,7 +108,6 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     runner = ModelRunner(model, region, device=device, dtype=dtype, timer=timer)
     step_log = StepLog.from_environment(config.incarnation)
     core = EngineCore(
-        role=config.role,
         incarnation=config.incarnation,
         scheduler=scheduler,
         runner=runner,

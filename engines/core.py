@@ -67,7 +67,6 @@ class EngineCore:
     def __init__(
         self,
         *,
-        role: str,
         incarnation: str,
         scheduler: Scheduler,
         runner: ModelRunner,
@@ -86,7 +85,6 @@ class EngineCore:
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self._on_step = on_step
-        self._role = role
         self._scheduler = scheduler
         self._runner = runner
         self._pool = pool

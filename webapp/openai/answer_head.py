@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,18 @@ class AnswerHead:
         if self.notes.include_usage:
             out["usage"] = self.usage.body() if self.notes.continuous_usage_stats else None
         return out
+
+    def chat_answer(
+        self, choices: Sequence[Sequence[Piece]], to_choice: Callable[[int, Sequence[Piece]], Json]
+    ) -> Json:
+        """A whole chat answer; `to_choice(index, pieces)` makes one of its choices."""
+        for index, pieces in enumerate(choices):
+            for piece in pieces:
+                self.count(index, piece)
+        out = [to_choice(index, pieces) for index, pieces in enumerate(choices)]
+        answer = self.head("chat.completion") | {"choices": out, "usage": self.usage.body()}
+        scores = self.prompt_scores(0, choices[0][0])
+        return answer if scores is None else answer | {"prompt_logprobs": scores}
 
     def usage_chunk(self, kind: str) -> list[Json]:
         if not self.notes.include_usage:

@@ -57,13 +57,7 @@ class ChatWriter:
         return self._head.usage_chunk("chat.completion.chunk")
 
     def answer(self, choices: Sequence[Sequence[Piece]]) -> Json:
-        for index, pieces in enumerate(choices):
-            for piece in pieces:
-                self._head.count(index, piece)
-        out = [self._choice(index, pieces) for index, pieces in enumerate(choices)]
-        answer = self._head.head("chat.completion") | {"choices": out, "usage": self.usage.body()}
-        scores = self._head.prompt_scores(0, choices[0][0])
-        return answer if scores is None else answer | {"prompt_logprobs": scores}
+        return self._head.chat_answer(choices, self._choice)
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         tokens = [t for p in pieces for t in p.tokens]
