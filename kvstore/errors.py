@@ -4,7 +4,8 @@
     ├── StateError                 an answer of the state server that no caller expects: a bug, or a foreign server
     │   ├── StateUnavailable       no answer, or one that says "later": repeat the same call          (retryable)
     │   └── BadRecord              a key of another type, another schema, or garbled: fail that request
-    └── ServerNotStarted           the embedded server did not come up
+    ├── ServerNotStarted           the embedded server did not come up
+    └── NativeUnavailable          C++ that could not be compiled; what calls it has a slower counterpart
 
 Errors of blocks and transports derive from `KVStoreError` in their own packages.
 """
@@ -69,3 +70,12 @@ class ServerNotStarted(KVStoreError):
         )
         self.what = what
         self.log_tail = log_tail
+
+
+class NativeUnavailable(KVStoreError):
+    """C++ cannot be compiled on this machine."""
+
+    def __init__(self, *, why: str, hint: str) -> None:
+        super().__init__(f"No compiled C++: {why}. {hint}")
+        self.why = why
+        self.hint = hint
