@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from configs.schema import Settings
-from engines.core import EngineCore, Scheduler
+from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
 from engines.finish import FinishRule
@@ -22,6 +22,7 @@ from engines.process import EngineConfig
 from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
 from engines.scheduler.plan import StepPlan
+from engines.scheduler.scheduler import Scheduler
 from engines.step_log import StepLog
 from engines.step_timer import OFF, StepProfile, StepTimer, TimedScheduler, timed_send
 from engines.structured.compiler import GrammarCompiler

@@ -11,24 +11,25 @@ sequence lacks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from engines import messages
+from engines import messages, outputs
 from engines.dry_runs import DryRuns
 from engines.errors import EngineError
 from engines.figures import EngineFigures
-from engines.finish import Finish, FinishRule
-from engines.handoff_reader import Arrival, HandoffReader
+from engines.finish import FinishRule
+from engines.handoff_reader import HandoffReader
 from engines.handoff_writer import HandoffWriter
+from engines.intake import Intake
 from engines.messages import EngineMessage, FrontMessage, TokenOut
 from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
-from engines.transfer_state import TransferState
 from kvstore import transport as kv
 from kvstore.state.entries import TokenLogprobs
 
 if TYPE_CHECKING:
     from engines.runner import ModelRunner, SampledTokens
+    from engines.scheduler.scheduler import Scheduler
     from engines.structured.compiler import GrammarCompiler
     from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.clock import Clock
@@ -37,20 +38,6 @@ STATS_S = 0.5
 SUSPEND_AFTER_S = 5.0  # without a renewal that Redis answered: step no more, keep the KV
 STALE_LEASE_S = 1.5
 MAX_STALE_STEPS = 256  # and no more tokens per sequence than this into the front's buffer
-
-
-class Scheduler(Protocol):
-    """What the engine needs of either scheduler."""
-
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def num_running(self) -> int: ...
-    def add(self, sequence: Sequence) -> None: ...
-    def remove(self, seq_id: tuple[str, int]) -> None: ...
-    def schedule(self, now_s: float) -> StepPlan | None: ...
-    def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None: ...
-    def next_wakeup_s(self, now_s: float) -> float | None: ...
 
 
 class EngineCore:
@@ -90,6 +77,9 @@ class EngineCore:
         self._pool = pool
         self._kv = node
         self._finish = finish_rule
+        self._intake = Intake(
+            max_model_len=finish_rule.max_model_len, num_blocks=pool.num_blocks, block_size=block_size, clock=clock
+        )
         self._grammars = grammars
         self._send = send
         self._clock = clock
@@ -145,52 +135,24 @@ class EngineCore:
                 self._lease_s, self._stale_steps = self._clock(), 0
 
     def _add(self, add: messages.Add) -> None:
-        num_ids = len(add.prompt_ids) + max(map(len, add.choices))
-        if num_ids >= self._finish.max_model_len:
-            text = f"{num_ids} tokens are more than the context of {self._finish.max_model_len} holds"
-            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
-            return
-        num_blocks = self._blocks_for(add, num_ids)
-        if num_blocks > self._pool.num_blocks:
-            text = f"{num_blocks} KV blocks are needed, this worker has {self._pool.num_blocks}"
-            self._send(messages.Failed(add.rid, "context_length_exceeded", text))
+        refusal = self._intake.refusal(add)
+        if refusal is not None:
+            self._send(refusal)
             return
         is_fresh = not any(add.choices)
         if add.mode == "local" and not (is_fresh and len(add.choices) > 1):
             for choice, ids in enumerate(add.choices):
-                self._start_unless_finished(self._sequence(add, choice, ids))
+                self._start_unless_finished(self._intake.sequence(add, choice, ids))
             return
         # One pass over what all choices share: the prompt, and for a single choice also its tokens so far.
         shared_ids = add.choices[0] if len(add.choices) == 1 else []
-        sequence = self._sequence(add, 0, shared_ids)
+        sequence = self._intake.sequence(add, 0, shared_ids)
         sequence.num_samples = len(add.choices) if is_fresh or len(add.choices) == 1 else 0
         if add.mode == "push":
-            num_blocks = self._blocks_for(add, len(add.prompt_ids) + len(shared_ids))
+            num_blocks = self._intake.blocks_for(add, len(add.prompt_ids) + len(shared_ids))
             self._writer.add(add, sequence, num_blocks=num_blocks)
         else:
             self._start(sequence)
-
-    def _sequence(self, add: messages.Add, choice: int, output_ids: list[int]) -> Sequence:
-        now = self._clock()
-        return Sequence(
-            rid=add.rid,
-            choice=choice,
-            prompt_token_ids=add.prompt_ids,
-            params=add.params,
-            seed=add.seed,
-            output_token_ids=list(output_ids),
-            arrival_s=now,
-            deadline_s=now + add.deadline_s,
-            priority=add.priority,
-            tenant=add.tenant,
-            epoch=add.epoch,
-        )
-
-    def _blocks_for(self, add: messages.Add, num_tokens: int) -> int:
-        """Blocks to ask a decode worker for: what there is and one to grow into, or all it can ever need."""
-        max_num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._finish.max_model_len)
-        max_num_blocks = -(-max_num_tokens // self._block_size)
-        return max_num_blocks if add.reserve_full else min(-(-num_tokens // self._block_size) + 1, max_num_blocks)
 
     def _promote(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -201,13 +163,13 @@ class EngineCore:
 
     def _start_unless_finished(self, sequence: Sequence) -> None:
         """A choice that a former owner finished only needs its end told again."""
-        finish = self._check(sequence)
+        finish = self._finish.of(sequence)
         if finish is None:
             self._start(sequence)
             return
         self._pool.free(sequence.block_table)
         num_ids = len(sequence.output_token_ids)
-        out = self._token_out(sequence, sequence.choice, num_ids, [], None, finish)
+        out = outputs.token_out(sequence, sequence.choice, num_ids, [], None, finish)
         self._send(messages.Tokens(0, [out]))
 
     def _drop(self, rid: str, xfer: str) -> None:
@@ -316,7 +278,7 @@ class EngineCore:
                 self._fail_request(sequence.rid, "constraint_failed", sequence.grammar.failure)
                 continue
             if self._writer.knows(sequence.rid):
-                computed.append((sequence, *self._first_tokens(item, outs)))
+                computed.append((sequence, *outputs.first_tokens(item, self._finish, outs)))
             elif sequence.num_samples > 1:
                 self._fork_local(item, outs)
             else:
@@ -330,9 +292,9 @@ class EngineCore:
     def _emit(
         self, sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs] | None, outs: list[TokenOut]
     ) -> None:
-        finish = self._check(sequence)
+        finish = self._finish.of(sequence)
         outs.append(
-            self._token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish)
+            outputs.token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish)
         )
         if finish is not None:
             self._release(sequence)
@@ -346,70 +308,19 @@ class EngineCore:
         else:
             self._writer.computed(sequence, choices)
 
-    def _first_tokens(self, item: SampledTokens, outs: list[TokenOut]) -> tuple[list[list[int]], bool]:
-        """Ids of each choice after the first sampling, and whether all are finished already."""
-        sequence = item.sequence
-        base = sequence.output_token_ids[:]
-        if sequence.num_samples == 1:
-            base = base[: len(base) - len(item.token_ids)]
-        choices, finished = [], []
-        for j, token_id in enumerate(item.token_ids):
-            ids = [*base, token_id] if sequence.num_samples == 1 else [token_id]
-            finish = self._finish.check(sequence.params, len(sequence.prompt_token_ids), ids)
-            logprobs = None if item.logprobs is None else [item.logprobs[j]]
-            outs.append(self._token_out(sequence, sequence.choice + j, len(ids) - 1, [token_id], logprobs, finish))
-            choices.append(ids)
-            finished.append(finish is not None)
-        return choices, bool(finished) and all(finished)
-
     def _fork_local(self, item: SampledTokens, outs: list[TokenOut]) -> None:
         """Role `both`, n > 1: the prompt is computed once; each choice goes on by itself."""
         sequence = item.sequence
-        choices, _ = self._first_tokens(item, outs)
+        choices, _ = outputs.first_tokens(item, self._finish, outs)
         blocks, sequence.block_table = sequence.block_table, []
         self._live.pop(sequence.seq_id, None)
         self._scheduler.remove(sequence.seq_id)
-        state = TransferState(
-            sequence.prompt_token_ids,
-            choices,
-            sequence.params,
-            sequence.seed,
-            0.0,
-            sequence.num_cached_tokens,
-            sequence.tenant,
-            sequence.priority,
-        )
-        arrival = Arrival(sequence.rid, blocks, len(sequence.prompt_token_ids), state, sequence.deadline_s)
+        arrival = outputs.arrival_here(sequence, blocks, choices)
         for fork in self._reader.fork(arrival, sequence.epoch):
-            if self._check(fork) is None:
+            if self._finish.of(fork) is None:
                 self._start(fork)
             else:
                 self._pool.free(fork.block_table)
-
-    def _token_out(
-        self,
-        sequence: Sequence,
-        choice: int,
-        index: int,
-        ids: list[int],
-        logprobs: list[TokenLogprobs] | None,
-        finish: Finish | None,
-    ) -> TokenOut:
-        return TokenOut(
-            sequence.rid,
-            choice,
-            index,
-            ids,
-            logprobs,
-            finish.reason if finish else "",
-            finish.stop_reason if finish else None,
-            sequence.num_cached_tokens,
-            sequence.epoch,
-            sequence.prompt_scores.whole() if sequence.prompt_scores is not None and index == 0 else None,
-        )
-
-    def _check(self, sequence: Sequence) -> Finish | None:
-        return self._finish.check(sequence.params, len(sequence.prompt_token_ids), sequence.output_token_ids)
 
     # ---------------------------------------------------------------- sequences come and go
     def _start(self, sequence: Sequence) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.params import SamplingParams
+from engines.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +38,7 @@ class FinishRule:
         if len(output_ids) >= params.max_tokens or num_prompt_tokens + len(output_ids) >= self.max_model_len:
             return Finish("length")
         return None
+
+    def of(self, sequence: Sequence) -> Finish | None:
+        """The end that its last token brings, or None."""
+        return self.check(sequence.params, len(sequence.prompt_token_ids), sequence.output_token_ids)

@@ -22,8 +22,8 @@ from engines.sequence import Sequence
 from kvstore.clock import Clock, now_s
 
 if TYPE_CHECKING:
-    from engines.core import Scheduler
     from engines.messages import EngineMessage
+    from engines.scheduler.scheduler import Scheduler
 
 VARIABLE = "CELERIAC_STEP_PROFILE"
 FLUSH_EVERY_STEPS = 16

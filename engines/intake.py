@@ -1,0 +1,58 @@
+"""From an `Add` of the front to sequences; what no step could ever compute is refused here, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engines.messages import Add, Failed
+from engines.sequence import Sequence
+
+
+class Intake:
+    """Owned by the engine thread.
+
+    Args:
+        max_model_len: tokens of a sequence, prompt and output.
+        num_blocks: KV blocks of this worker.
+    """
+
+    def __init__(self, *, max_model_len: int, num_blocks: int, block_size: int, clock: Callable[[], float]) -> None:
+        self._max_model_len = max_model_len
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._clock = clock
+
+    def refusal(self, add: Add) -> Failed | None:
+        """Why this worker can never compute it, or None."""
+        num_ids = len(add.prompt_ids) + max(map(len, add.choices))
+        if num_ids >= self._max_model_len:
+            text = f"{num_ids} tokens are more than the context of {self._max_model_len} holds"
+            return Failed(add.rid, "context_length_exceeded", text)
+        num_blocks = self.blocks_for(add, num_ids)
+        if num_blocks > self._num_blocks:
+            text = f"{num_blocks} KV blocks are needed, this worker has {self._num_blocks}"
+            return Failed(add.rid, "context_length_exceeded", text)
+        return None
+
+    def sequence(self, add: Add, choice: int, output_ids: list[int]) -> Sequence:
+        """One choice of it, with the tokens it has."""
+        now = self._clock()
+        return Sequence(
+            rid=add.rid,
+            choice=choice,
+            prompt_token_ids=add.prompt_ids,
+            params=add.params,
+            seed=add.seed,
+            output_token_ids=list(output_ids),
+            arrival_s=now,
+            deadline_s=now + add.deadline_s,
+            priority=add.priority,
+            tenant=add.tenant,
+            epoch=add.epoch,
+        )
+
+    def blocks_for(self, add: Add, num_tokens: int) -> int:
+        """Blocks to ask a decode worker for: what there is and one to grow into, or all it can ever need."""
+        max_num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._max_model_len)
+        max_num_blocks = -(-max_num_tokens // self._block_size)
+        return max_num_blocks if add.reserve_full else min(-(-num_tokens // self._block_size) + 1, max_num_blocks)
