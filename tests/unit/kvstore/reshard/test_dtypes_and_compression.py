@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.reshard.compress import compress, compressed_bytes, expand
+from kvstore.reshard.dtypes import convert, to_bfloat16, to_float32
+
+
+def test_bfloat16_is_rounded_as_torch_does_it() -> None:
+    random = np.random.default_rng(1)
+    bits = random.integers(0, 1 << 32, 200_000, dtype=np.uint32)
+    edges = np.array([0, 0x80000000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 1], dtype=np.uint32)
+    values = np.concatenate([bits, edges]).view(np.float32)
+    values = values[~np.isnan(values)]
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    assert (to_bfloat16(values) == expected).all()
+
+
+def test_a_nan_stays_a_nan_and_never_becomes_infinite() -> None:
+    for bits in (0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001):
+        word = to_bfloat16(np.array([bits], dtype=np.uint32).view(np.float32))
+        assert np.isnan(to_float32(word, "bfloat16")).all()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_widening_is_exact_for_every_value_there_is(dtype: str, kind: torch.dtype) -> None:
+    words = np.arange(1 << 16, dtype=np.uint16)
+    expected = torch.from_numpy(words).view(kind).float().numpy()
+    assert np.array_equal(to_float32(words, dtype), expected, equal_nan=True)
+
+
+def test_to_float16_from_a_wider_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        convert(np.zeros(2, dtype=np.uint32), "float32", "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_int8_is_off_by_at_most_half_a_step_of_its_scale(dtype: str) -> None:
+    random = np.random.default_rng(2)
+    values = (random.standard_normal((3, 2, 4, 16, 64)) * 10 ** random.uniform(-3, 2, (3, 2, 4, 16, 1))).astype("f4")
+    words = {"float32": values.view(np.uint32), "bfloat16": to_bfloat16(values)}.get(
+        dtype, values.astype(np.float16).view(np.uint16)
+    )
+    packed = np.empty(compressed_bytes(words.shape), dtype=np.uint8)
+    compress(words, dtype, packed)
+    got, exact = to_float32(expand(packed, words.shape, dtype), dtype), to_float32(words, dtype)
+
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    rounding = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}[dtype]
+    assert (np.abs(got - exact) <= largest * (0.5 / 127 * 1.001 + rounding)).all()
+    assert np.abs(got - exact).max() > 0, "nothing was compressed"
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
+    values = np.zeros((3, 1, 4), dtype=np.float32)
+    values[1, 0, 2], values[2, 0, 1] = np.inf, np.nan
+    packed = np.empty(compressed_bytes(values.shape), dtype=np.uint8)
+    compress(values.view(np.uint32), "float32", packed)
+    got = expand(packed, values.shape, "float32").view(np.float32)
+    assert not got[0].any()
+    assert not np.isfinite(got[1:]).any(), "damage was made to look sound"
