@@ -63,7 +63,8 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the engine computes with. `auto` takes the fastest that works on the machine, and the log says which."""
 
     linear: Annotated[
-        Literal["auto", "torch", "onednn"], Meta(description="Linear layers. `onednn` packs the weights once, on CPUs.")
+        Literal["auto", "torch", "onednn", "native"],
+        Meta(description="Linear layers. On CPUs `onednn` and `native` pack the weights once; `native` needs g++."),
     ] = "auto"
     kernels: Annotated[
         Literal["auto", "torch", "native"],

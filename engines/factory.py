@@ -94,11 +94,12 @@ def build_engine_model(
             hint="Set it to false, or serve a model without them.",
         )
     weights = load_weights(folder, config, dtype=dtype, device=device, progress=progress)
+    found = find_kernels(kernels, dtype=dtype, device=device)
     model = LlamaModel(
         config,
         weights,
-        linear=choose_linear(linear, dtype=dtype, device=device, deterministic=deterministic),
-        kernels=find_kernels(kernels, dtype=dtype, device=device),
+        linear=choose_linear(linear, dtype=dtype, device=device, kernels=found, deterministic=deterministic),
+        kernels=found,
         is_deterministic=deterministic,
     )
     logger.info("%s: loaded as %s in %.2f s", folder, str(dtype).removeprefix("torch."), time.monotonic() - started_s)

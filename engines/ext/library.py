@@ -23,7 +23,7 @@ _DTYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 # Argument types, as in kernels.cpp. Declared, so that no 64-bit address is cut to an int.
 _STEP: Final = [c_void_p, c_int64, c_int64]
-_SIGNATURES: Final[dict[str, tuple[type[c_int] | None, list[type]]]] = {
+_SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type]]]] = {
     "attend": (c_int, [*_STEP, c_void_p, c_int64, c_void_p]),
     "write_kv": (None, [*_STEP, c_void_p, c_int64, c_void_p, c_int64]),
     "norm": (
@@ -31,6 +31,10 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | None, list[type]]]] = {
         [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64],
     ),
     "silu_mul": (None, [c_int64, c_int64, c_void_p, c_void_p, c_int64]),
+    "packed_size": (c_int64, [c_int64, c_int64]),
+    "pack_weight": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64]),
+    "linear": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
+    "linear_wide": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
 
@@ -45,6 +49,10 @@ class Kernels:
         self.norm = _function(library, "norm", dtype)
         self.silu_mul = _function(library, "silu_mul", dtype)
         self.rotate = _function(library, "rotate", dtype)
+        self.packed_size = _function(library, "packed_size", dtype)
+        self.pack_weight = _function(library, "pack_weight", dtype)
+        self.linear = _function(library, "linear", dtype)
+        self.linear_wide = _function(library, "linear_wide", dtype)
 
 
 def load_kernels(dtype: torch.dtype) -> Kernels:

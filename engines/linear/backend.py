@@ -13,6 +13,9 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """`[num_rows, in_features]`, contiguous -> `[num_rows, out_features]`, contiguous, of the same dtype."""
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The same in fp32: what a head gives the sampler. Rounded to the dtype first by some libraries."""
+
 
 class LinearBackend(Protocol):
     """Makes `Linear`s. `name` is what the log and the settings call it."""

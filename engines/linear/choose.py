@@ -7,34 +7,60 @@ import logging
 import torch
 
 from engines.errors import DeviceUnavailable
+from engines.ext.library import Kernels
 from engines.linear.backend import LinearBackend
+from engines.linear.native_linear import NativeBackend
 from engines.linear.onednn_linear import OnednnBackend
 from engines.linear.torch_linear import TorchBackend
 
 logger = logging.getLogger(__name__)
 
 
-def choose_linear(asked: str, *, dtype: torch.dtype, device: str, deterministic: bool = False) -> LinearBackend:
-    """The backend for the setting `engine.linear` (auto, torch, onednn).
+def choose_linear(
+    asked: str, *, dtype: torch.dtype, device: str, kernels: Kernels | None = None, deterministic: bool = False
+) -> LinearBackend:
+    """The backend for the setting `engine.linear` (auto, torch, onednn, native). `auto` tries native, onednn, torch.
 
     Raises:
-        DeviceUnavailable: `onednn` was asked for by name, or is what `deterministic` needs, and is not to be had.
+        DeviceUnavailable: what was asked for by name, or what `deterministic` needs, is not to be had.
     """
-    why = _why_not_onednn(dtype, device)
+    why_not_native = _why_not_native(asked, dtype, kernels)
+    why_not_onednn = _why_not_onednn(dtype, device) if asked == "onednn" or why_not_native else ""
+    if asked in ("auto", "native") and kernels is not None and not why_not_native:
+        logger.info("linear layers: native")
+        return NativeBackend(kernels)
+    if asked == "native":
+        raise DeviceUnavailable(asked=asked, why=why_not_native, hint="Set `engine.linear` to auto, onednn or torch.")
     if deterministic:
-        if why or asked == "torch":
+        if why_not_onednn or asked == "torch":
             raise DeviceUnavailable(
                 asked="engine.deterministic",
-                why=why or "torch's linear layers depend on the batch",
+                why=why_not_onednn or "torch's linear layers depend on the batch",
                 hint="Set `engine.linear` to auto, or `engine.deterministic` to false.",
             )
-        logger.info("linear layers: onednn, deterministic")
+        logger.info("linear layers: onednn, deterministic (native: %s)", why_not_native)
         return OnednnBackend(deterministic=True)
-    if asked == "onednn" and why:
-        raise DeviceUnavailable(asked="onednn", why=why, hint="Set `engine.linear` to auto or torch.")
-    backend: LinearBackend = TorchBackend() if asked == "torch" or why else OnednnBackend()
-    logger.info("linear layers: %s%s", backend.name, f" ({why})" if asked == "auto" and why else "")
+    if asked == "onednn" and why_not_onednn:
+        raise DeviceUnavailable(asked="onednn", why=why_not_onednn, hint="Set `engine.linear` to auto or torch.")
+    backend: LinearBackend = TorchBackend() if asked == "torch" or why_not_onednn else OnednnBackend()
+    reasons = [f"native: {why_not_native}"] + ([f"onednn: {why_not_onednn}"] if why_not_onednn else [])
+    logger.info("linear layers: %s%s", backend.name, f" ({'; '.join(reasons)})" if asked == "auto" else "")
     return backend
+
+
+def _why_not_native(asked: str, dtype: torch.dtype, kernels: Kernels | None) -> str:
+    """Empty if it is to be taken. Where it was not measured to be the fastest, only its name brings it."""
+    if kernels is None:
+        return "there are no C++ kernels for this device, or `engine.kernels` is torch"
+    if asked not in ("auto", "native"):
+        return "not asked for"
+    if asked == "native":
+        return ""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return "this CPU has AMX, which it does not use"
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return "measured on CPUs with AVX-512 only"
+    return ""
 
 
 def _why_not_onednn(dtype: torch.dtype, device: str) -> str:

@@ -31,6 +31,9 @@ class OnednnLinear:
         out: Tensor = _ops._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
 
 class DoubledOnednnLinear:
     """The same result for a row whatever the batch: a row alone is computed twice, side by side."""
@@ -42,6 +45,9 @@ class DoubledOnednnLinear:
         if x.shape[0] > 1:
             return self._inner(x)
         return self._inner(x.repeat(2, 1))[:1]
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
 
 
 class OnednnBackend:

@@ -18,6 +18,9 @@ class TorchLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
 
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
 
 class TorchBackend:
     """See `LinearBackend`."""

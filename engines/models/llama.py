@@ -146,7 +146,7 @@ class LlamaModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[num_rows, vocab]` of hidden states `[num_rows, hidden]` from `forward`."""
-        return self._lm_head(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps)).float()
+        return self._lm_head.wide(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps))
 
     def _attend(
         self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend

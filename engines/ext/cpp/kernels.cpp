@@ -1,10 +1,18 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
+#include "linear.h"
 #include "prefill_attention.h"
 
 using celeriac::bf16;
 using celeriac::Step;
+using celeriac::Weight;
 
 namespace {
+
+template <typename T, typename Out>
+void linear(const Weight& weight, int64_t rows, const T* x, int64_t x_stride, Out* out, int64_t num_threads) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  celeriac::linear(rows, weight, x, x_stride, out, weight.num_out);
+}
 
 template <typename T, int D>
 void attend_as(const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out) {
@@ -48,6 +56,21 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
   extern "C" void rotate_##NAME(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_stride,         \
                                 const T* cos, const T* sin, int64_t num_threads) {                                   \
     celeriac::rotate(num_tokens, num_heads, size, x, x_stride, cos, sin, num_threads);                               \
+  }                                                                                                                  \
+  extern "C" int64_t packed_size_##NAME(int64_t num_in, int64_t num_out) {                                           \
+    return celeriac::num_panels(num_out) * celeriac::panel_size<T>(num_in) * celeriac::Pairs<T>::kPair;              \
+  }                                                                                                                  \
+  extern "C" void pack_weight_##NAME(const T* weight, int64_t num_in, int64_t num_out, void* panels,                 \
+                                     int64_t num_threads) {                                                          \
+    celeriac::pack_weight(weight, num_in, num_out, static_cast<celeriac::Pairs<T>::Element*>(panels), num_threads);  \
+  }                                                                                                                  \
+  extern "C" void linear_##NAME(const Weight* weight, int64_t rows, const T* x, int64_t x_stride, T* out,            \
+                                int64_t num_threads) {                                                               \
+    linear(*weight, rows, x, x_stride, out, num_threads);                                                            \
+  }                                                                                                                  \
+  extern "C" void linear_wide_##NAME(const Weight* weight, int64_t rows, const T* x, int64_t x_stride, float* out,   \
+                                     int64_t num_threads) {                                                          \
+    linear(*weight, rows, x, x_stride, out, num_threads);                                                            \
   }
 
 EXPORT(float32, float)
