@@ -48,6 +48,12 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
             f"and a worker has {kv.num_blocks}",
             f"at least {needed}",
         )
+    if kv.disk_cache_bytes and not kv.host_cache_bytes:
+        fault(
+            "kv.disk_cache_bytes",
+            "blocks go to the disk and come back through host memory, and kv.host_cache_bytes is 0",
+            "kv.host_cache_bytes of some blocks, such as 64MiB",
+        )
     transfer = settings.transfer
     if is_any_address(transfer.bind_host) and not transfer.advertise_host:
         fault(

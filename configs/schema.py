@@ -43,6 +43,16 @@ class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     memory_bytes: Annotated[int, Meta(ge=1 << 20, description="Memory for KV per worker.")] = 1 << 30
     enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True
     eviction: Annotated[Literal["lru", "fifo"], Meta(description="Which cached block goes first.")] = "lru"
+    host_cache_bytes: Annotated[
+        int, Meta(ge=0, description="Host memory per worker for cached blocks that the region evicts. 0: none.")
+    ] = 0
+    disk_cache_bytes: Annotated[
+        int,
+        Meta(ge=0, description="Disk per worker behind `host_cache_bytes`; its blocks outlive a restart. 0: none."),
+    ] = 0
+    disk_cache_dir: Annotated[
+        str, Meta(description="Where; each worker has a folder of its own in it. Empty: `kv-cache` in the run folder.")
+    ] = ""
 
 
 class RoleSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -30,7 +30,8 @@ from engines.structured.grammar import Vocabulary
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
-from kvstore.transport import KVNode, Times
+from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
+from kvstore.transport import KVNode, KVRegion, Times
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Engine:
     device: str
     num_threads: int
     timer: StepTimer
+    tiers: TieredStore | None = None
+
+    def close(self) -> None:
+        """Stop what has threads: peers see the connections close, blocks on their way to the disk get there."""
+        self.node.stop()
+        if self.tiers is not None:
+            self.tiers.close()
 
 
 def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) -> Engine:
@@ -84,14 +92,16 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         )
     region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
     pool = BlockPool(num_blocks)
-    cache = None
+    compat = compat_hash(weights_digest(folder), model_config, settings.kv.block_size, str(dtype))
+    cache = tiers = None
     if settings.kv.enable_prefix_caching:
-        cache = PrefixCache(pool, settings.kv.block_size, policy=settings.kv.eviction)
+        tiers = _tiers(settings, config.node, region.shared, compat)
+        cache = PrefixCache(pool, settings.kv.block_size, policy=settings.kv.eviction, tiers=tiers)
     node = KVNode(
         incarnation=config.incarnation,
         region=region.shared,
         secret=config.secret,
-        compat=compat_hash(weights_digest(folder), model_config, settings.kv.block_size, str(dtype)),
+        compat=compat,
         protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
@@ -124,6 +134,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         max_num_seqs=role.max_num_seqs,
         watermark_blocks=int(settings.decode.watermark * num_blocks),
         prefix_cache=cache,
+        tiers=tiers,
         on_step=_on_step(step_log, profile),
     )
     address = node.start()
@@ -138,6 +149,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         str(device),
         torch.get_num_threads(),
         timer,
+        tiers,
     )
 
 
@@ -156,6 +168,24 @@ def _on_step(step_log: StepLog | None, profile: StepProfile | None) -> Callable[
             listener(plan, elapsed_s)
 
     return tell_all
+
+
+def _tiers(settings: Settings, node: str, region: KVRegion, fingerprint: str) -> TieredStore | None:
+    """What takes evicted blocks, or None.
+
+    Raises:
+        TierError: a size holds no block, or the folder cannot be used.
+    """
+    kv = settings.kv
+    if not kv.host_cache_bytes:
+        if kv.disk_cache_bytes:
+            raise TierError(what="kv.disk_cache_bytes without kv.host_cache_bytes", expected="both, or none")
+        return None
+    disk = None
+    if kv.disk_cache_bytes:
+        folder = Path(kv.disk_cache_dir or Path(settings.run_dir) / "kv-cache") / node
+        disk = DiskTier(folder, fingerprint=fingerprint, max_bytes=kv.disk_cache_bytes, block_bytes=region.block_bytes)
+    return TieredStore(HostTier(kv.host_cache_bytes, region.block_bytes), disk, pages=region.block)
 
 
 def _context(asked: int, config: ModelShape) -> int:

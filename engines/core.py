@@ -22,6 +22,7 @@ from engines.handoff_reader import HandoffReader
 from engines.handoff_writer import HandoffWriter
 from engines.intake import Intake
 from engines.messages import EngineMessage, FrontMessage, TokenOut
+from engines.prefetch import PrefixPrefetch
 from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
 from kvstore import transport as kv
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from engines.structured.compiler import GrammarCompiler
     from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.clock import Clock
+    from kvstore.tiers import TieredStore
 
 STATS_S = 0.5
 SUSPEND_AFTER_S = 5.0  # without a renewal that Redis answered: step no more, keep the KV
@@ -47,7 +49,7 @@ class EngineCore:
         layer_group_bytes: layers are pushed in groups of about this many bytes (transfer.layer_group_bytes).
         max_num_seqs: sequences decoded together; grants are refused beyond it.
         watermark_blocks: blocks that granting leaves free, so that growth does not preempt at once.
-        prefix_cache: for its hit rates only; the scheduler uses it.
+        prefix_cache, tiers: for their hit rates, and so that a prefix on disk is brought near before it is scheduled.
         on_step: told of each step and its seconds.
     """
 
@@ -69,6 +71,7 @@ class EngineCore:
         max_num_seqs: int = 64,
         watermark_blocks: int = 0,
         prefix_cache: PrefixCache | None = None,
+        tiers: TieredStore | None = None,
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self._on_step = on_step
@@ -92,7 +95,8 @@ class EngineCore:
         self._stats_at_s = 0.0
         self._lease_s = clock()
         self._stale_steps = 0
-        self._figures = EngineFigures(pool, node, prefix_cache)
+        self._figures = EngineFigures(pool, node, prefix_cache, tiers)
+        self._prefetch = PrefixPrefetch(prefix_cache, tiers, clock)
         self._writer = HandoffWriter(
             node=node,
             pool=pool,
@@ -227,7 +231,7 @@ class EngineCore:
         now = self._clock()
         self._dry_runs.turn()
         self._writer.seek()
-        self._settle_grammars()
+        self._settle_parked()
         self._report_stats(now)
         if self._is_suspended(now):
             return False
@@ -326,16 +330,22 @@ class EngineCore:
     def _start(self, sequence: Sequence) -> None:
         self._live[sequence.seq_id] = sequence
         if self._grammars.is_ready(sequence):
-            self._scheduler.add(sequence)
+            self._schedule(sequence)
         else:
             self._grammars.park(sequence)
 
-    def _settle_grammars(self) -> None:
+    def _schedule(self, sequence: Sequence) -> None:
+        if not self._prefetch.parks(sequence):
+            self._scheduler.add(sequence)
+
+    def _settle_parked(self) -> None:
+        for sequence in self._prefetch.due():
+            self._scheduler.add(sequence)
         for due in self._grammars.due():
             if due.failure:
                 self._fail_request(due.sequence.rid, due.code, due.failure)
             elif due.sequence.seq_id in self._live:
-                self._scheduler.add(due.sequence)
+                self._schedule(due.sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """The sequence ended here: out of the scheduler, blocks back."""
@@ -346,6 +356,7 @@ class EngineCore:
     def _stop_sequence(self, sequence: Sequence) -> None:
         self._live.pop(sequence.seq_id, None)
         self._grammars.forget(sequence.seq_id)
+        self._prefetch.forget(sequence.seq_id)
         self._scheduler.remove(sequence.seq_id)
 
     def _preempt(self, rid: str) -> None:
@@ -370,8 +381,8 @@ class EngineCore:
         now = self._clock()
         if self._is_suspended(now):
             return self._stats_at_s  # the lease that ends it comes as a message
-        parts = (self._writer.next_wakeup_s(), self._dry_runs.next_wakeup_s(), self._grammars.next_wakeup_s())
-        times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *parts]
+        parts = (self._writer, self._dry_runs, self._grammars, self._prefetch)
+        times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *(part.next_wakeup_s() for part in parts)]
         return min(time for time in times if time is not None)
 
     def _measure(self, plan: StepPlan, started_s: float) -> None:

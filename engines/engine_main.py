@@ -114,7 +114,7 @@ def main() -> None:
     )
     with contextlib.suppress(EOFError, ConnectionError):
         run_loop(link, engine.node, engine.core, engine.timer)
-    engine.node.stop()
+    engine.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # no interpreter teardown: native libraries of the transports may crash in it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from engines.messages import Stats
@@ -9,6 +10,7 @@ from engines.scheduler.plan import StepPlan
 
 if TYPE_CHECKING:
     from kvstore.blocks import BlockPool, PrefixCache
+    from kvstore.tiers import TieredStore
     from kvstore.transport import KVNode
 
 SMOOTHING = 0.1  # weight of the newest step in `step_ms`
@@ -17,10 +19,13 @@ SMOOTHING = 0.1  # weight of the newest step in `step_ms`
 class EngineFigures:
     """Owned by the engine thread. Totals only grow; a restarted engine begins at 0."""
 
-    def __init__(self, pool: BlockPool, node: KVNode, prefix_cache: PrefixCache | None) -> None:
+    def __init__(
+        self, pool: BlockPool, node: KVNode, prefix_cache: PrefixCache | None, tiers: TieredStore | None
+    ) -> None:
         self._pool = pool
         self._kv = node
         self._cache = prefix_cache
+        self._tiers = tiers
         self._step_ms = 0.0
         self._totals = {"steps": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "busy_s": 0.0}
 
@@ -61,4 +66,8 @@ class EngineFigures:
             counters["prefix_query_tokens"] = float(stats.query_tokens)
             counters["prefix_hit_tokens"] = float(stats.hit_tokens)
             counters["prefix_evicted_blocks"] = float(stats.evicted_blocks)
+        if self._tiers is not None:
+            counters |= {f"tier_{name}_blocks": float(count) for name, count in asdict(self._tiers.stats).items()}
+            counters["tier_host_blocks"] = float(self._tiers.num_host_blocks)
+            counters["tier_disk_blocks"] = float(self._tiers.num_disk_blocks)
         return counters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,17 @@ class Half:
 class EnginePair:
     """`prefill` and `decode`, stepped in turn. `on_arrived` may refuse by returning False."""
 
-    def __init__(self, run_dir: Path, model: Path, *, protocol: str = "shm", decode_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Path,
+        *,
+        protocol: str = "shm",
+        decode_blocks: int = 0,
+        flags: Mapping[str, str] | None = None,
+    ) -> None:
+        """`flags`: settings of both engines, as on a command line."""
+        self._flags = dict(flags or {})
         self.halves = {
             role: self._build(role, run_dir, model, protocol, decode_blocks) for role in ("prefill", "decode")
         }
@@ -60,6 +70,7 @@ class EnginePair:
             "transfer.protocol": protocol,
             "kv.memory_bytes": "64MiB",
             "run_dir": str(run_dir),
+            **self._flags,
         }
         settings = configs.load(env={}, flags=flags)
         if role == "decode" and decode_blocks:
@@ -70,7 +81,7 @@ class EnginePair:
 
     def close(self) -> None:
         for half in self.halves.values():
-            half.engine.node.stop()
+            half.engine.close()
 
     def add(self, rid: str, prompt_ids: list[int], choices: list[list[int]] | None = None, **params: object) -> None:
         sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **params})  # type: ignore[arg-type]

@@ -33,6 +33,10 @@ class PrefixLookup(Protocol):
         """Blocks of the longest known prefix, a reference taken on each; never the last token."""
         ...
 
+    def restore(self, token_ids: list[int], block_table: list[int], first: int, /, *, salt: str) -> int:
+        """Blocks from `first` on that were filled from a slower tier."""
+        ...
+
     def insert(self, token_ids: list[int], block_table: list[int], /, *, salt: str) -> None: ...
 
 

@@ -37,8 +37,15 @@ class SequenceBlocks:
             self._pool.free(cached)
             return False
         sequence.block_table = cached + new
-        sequence.num_computed_tokens = sequence.num_cached_tokens = len(cached) * self._block_size
+        num_cached = len(cached) + self._restore(sequence, len(cached))
+        sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached * self._block_size
         return True
+
+    def _restore(self, sequence: Sequence, first: int) -> int:
+        if self._prefix_cache is None or sequence.wants_prompt_scores:
+            return 0
+        ids = sequence.token_slice(0, sequence.num_tokens)
+        return self._prefix_cache.restore(ids, sequence.block_table, first, salt=sequence.tenant)
 
     def grow(self, sequence: Sequence) -> bool:
         """Blocks for the tokens it has by now. False if there are none; the table is then unchanged."""

@@ -3,7 +3,8 @@
     hash(i) = xxh3_128(hash(i-1), token ids of block i)       hash(-1) = xxh3_128(salt)
 
 Equal hashes mean equal tokens at equal positions under the same model and tenant (the salt), hence equal KV. The blocks
-stay in the pool: held, or free and cached until `BlockPool.allocate` evicts them.
+stay in the pool: held, or free and cached until `BlockPool.allocate` evicts them. With tiers an evicted block goes on
+living there, and is copied back into a block of its own when its content is wanted again.
 """
 
 from __future__ import annotations
@@ -11,11 +12,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Literal, Protocol
 
 import xxhash
 
 from kvstore.blocks.block_pool import BlockPool
+
+
+class BlockTiers(Protocol):
+    """Where evicted blocks live on, over the memory of one region; see `kvstore.tiers`."""
+
+    def spill(self, key: bytes, block_id: int, /) -> None: ...
+    def restore(self, key: bytes, block_id: int, /) -> bool: ...
+    def prefetch(self, keys: Iterator[bytes], /) -> frozenset[bytes]: ...
 
 
 @dataclass
@@ -26,18 +36,26 @@ class CacheStats:
     hit_tokens: int = 0
     inserted_blocks: int = 0
     evicted_blocks: int = 0
+    restored_blocks: int = 0  # of `hit_tokens`, those that a tier brought back
 
 
 class PrefixCache:
     """Content hash -> block of one pool. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, pool: BlockPool, block_size: int, policy: Literal["lru", "fifo"] | str = "lru") -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        policy: Literal["lru", "fifo"] | str = "lru",
+        tiers: BlockTiers | None = None,
+    ) -> None:
         if policy not in ("lru", "fifo"):
             raise ValueError(f"eviction policy is {policy!r}; expected `lru` or `fifo` (kv.eviction)")
         self.stats = CacheStats()
         self._pool = pool
         self._block_size = block_size
         self._is_fifo = policy == "fifo"
+        self._tiers = tiers
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         pool.watch_evictions(self._forget)
@@ -57,7 +75,7 @@ class PrefixCache:
         Never the whole of `token_ids`: at least one token is left to compute, since its logits are wanted.
         """
         found: list[int] = []
-        for block_hash in self._hashes(token_ids, (len(token_ids) - 1) // self._block_size, salt):
+        for block_hash in self._wanted(token_ids, salt):
             block_id = self._by_hash.get(block_hash)
             if block_id is None:
                 break
@@ -66,6 +84,30 @@ class PrefixCache:
         self.stats.query_tokens += len(token_ids)
         self.stats.hit_tokens += len(found) * self._block_size
         return found
+
+    def restore(self, token_ids: Sequence[int], block_table: Sequence[int], first: int, *, salt: bytes | str) -> int:
+        """Fill held blocks with what the tiers have of the prefix, from block `first` on; how many were filled.
+
+        They become findable by `insert`, as computed ones do. The others' content is undefined, as it was.
+        """
+        if self._tiers is None:
+            return 0
+        count = 0
+        for block_hash, block_id in zip(
+            islice(self._wanted(token_ids, salt), first, None), block_table[first:], strict=False
+        ):
+            if not self._tiers.restore(block_hash, block_id):
+                break
+            count += 1
+        self.stats.hit_tokens += count * self._block_size
+        self.stats.restored_blocks += count
+        return count
+
+    def prefetch(self, token_ids: Sequence[int], *, salt: bytes | str) -> frozenset[bytes]:
+        """Have the tiers bring near what `restore` may want of this prefix; keys of what is still under way."""
+        if self._tiers is None:
+            return frozenset()
+        return self._tiers.prefetch(key for key in self._wanted(token_ids, salt) if key not in self._by_hash)
 
     def insert(self, token_ids: Sequence[int], block_table: Sequence[int], *, salt: bytes | str) -> None:
         """Make the full blocks of a held block table findable. Their KV must be complete and never change again.
@@ -90,6 +132,10 @@ class PrefixCache:
         self._pool.check_invariants()
         assert {block: key for key, block in self._by_hash.items()} == self._hash_of, "hash and block tables disagree"
 
+    def _wanted(self, token_ids: Sequence[int], salt: bytes | str) -> Iterator[bytes]:
+        """Hashes of the full blocks that need not be computed: all but what holds the last token."""
+        return self._hashes(token_ids, (len(token_ids) - 1) // self._block_size, salt)
+
     def _hashes(self, token_ids: Sequence[int], num_blocks: int, salt: bytes | str) -> Iterator[bytes]:
         parent = xxhash.xxh3_128_digest(salt.encode() if isinstance(salt, str) else salt)
         for start in range(0, num_blocks * self._block_size, self._block_size):
@@ -98,5 +144,8 @@ class PrefixCache:
             yield parent
 
     def _forget(self, block_id: int) -> None:
-        del self._by_hash[self._hash_of.pop(block_id)]
+        block_hash = self._hash_of.pop(block_id)
+        del self._by_hash[block_hash]
         self.stats.evicted_blocks += 1
+        if self._tiers is not None:
+            self._tiers.spill(block_hash, block_id)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from kvstore.blocks import BlockPool, PrefixCache
@@ -99,3 +101,40 @@ def test_a_content_keeps_its_first_block() -> None:
 def test_an_unknown_policy_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"kv\.eviction"):
         make(policy="random")
+
+
+class Shelf:
+    """Tiers that keep the number each block had."""
+
+    def __init__(self, memory: dict[int, str]) -> None:
+        self.memory = memory
+        self.kept: dict[bytes, str] = {}
+
+    def spill(self, key: bytes, block_id: int) -> None:
+        self.kept[key] = self.memory[block_id]
+
+    def restore(self, key: bytes, block_id: int) -> bool:
+        if key not in self.kept:
+            return False
+        self.memory[block_id] = self.kept[key]
+        return True
+
+    def prefetch(self, keys: Iterator[bytes]) -> frozenset[bytes]:
+        return frozenset(key for key in keys if key in self.kept)
+
+
+def test_an_evicted_block_is_restored_into_a_block_of_its_own() -> None:
+    memory: dict[int, str] = {}
+    pool = BlockPool(3)
+    cache = PrefixCache(pool, 4, tiers=Shelf(memory))
+    table = cached(pool, cache, PROMPT)
+    memory.update(zip(table, "abc", strict=True))
+    pool.free(pool.allocate(3))  # evicts all three
+    memory.update(dict.fromkeys(table, "overwritten"))
+    assert cache.match([*PROMPT, 1], salt="m") == []
+    assert len(cache.prefetch([*PROMPT, 1], salt="m")) == 3
+    fresh = pool.allocate(3)
+    assert cache.restore([*PROMPT, 1], fresh, 0, salt="m") == 3
+    assert [memory[block] for block in fresh] == ["a", "b", "c"]
+    assert cache.restore([*PROMPT, 1], fresh, 0, salt="another tenant") == 0
+    assert cache.stats.restored_blocks == 3
