@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 
+from kvstore.native.pages import Pages
 from kvstore.transport.errors import RegionError
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -25,6 +26,7 @@ class KVRegion:
         fd: the memfd. Whoever holds it can read and write all blocks.
         buffer: `num_blocks * block_bytes` bytes, writable.
         address: of the first byte, in this process.
+        pages: the same for `kvstore.native`.
     """
 
     def __init__(self, fd: int, *, num_blocks: int, num_layers: int, layer_bytes: int) -> None:
@@ -40,6 +42,7 @@ class KVRegion:
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(self._mmap)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
+        self.pages = Pages(self.address, num_blocks, num_layers, layer_bytes)
 
     @classmethod
     def create(cls, num_blocks: int, num_layers: int, layer_bytes: int) -> KVRegion:
