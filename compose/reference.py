@@ -29,7 +29,8 @@ def configuration_page() -> str:
         "FILE` checks a file whole. Sizes have their unit: `512MiB` is 2^20 based, `2GB` is 10^9 based. In a file,",
         "`${NAME}` stands for a variable of the environment.",
         "",
-        "The cluster secret is in no setting: it is the file `secret_file` (mode 0600), or `$CELERIAC_CLUSTER_SECRET`.",
+        "The cluster secret is in no setting: it is the file `secret_file` (mode 0600), or `$CELERIAC_CLUSTER_SECRET`,",
+        "one per line while it is rotated (docs/security.md).",
     ]
     section = None
     for path, field in all_fields().items():

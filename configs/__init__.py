@@ -9,17 +9,19 @@ from __future__ import annotations
 from configs.errors import ConfigError, ConfigFault, ConfigsError, SecretError, ShadowedPackage
 from configs.loader import Loaded, load, load_with_origins
 from configs.schema import Settings
-from configs.secret import secret
+from configs.secret import RotatingSecrets, secret, secrets
 
 __all__ = [
     "ConfigError",
     "ConfigFault",
     "ConfigsError",
     "Loaded",
+    "RotatingSecrets",
     "SecretError",
     "Settings",
     "ShadowedPackage",
     "load",
     "load_with_origins",
     "secret",
+    "secrets",
 ]

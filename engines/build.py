@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from configs import RotatingSecrets
 from configs.schema import Settings
 from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
@@ -100,7 +101,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     node = KVNode(
         incarnation=config.incarnation,
         region=region.shared,
-        secret=config.secret,
+        secret=RotatingSecrets(settings, config.secret),
         compat=compat,
         protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
         run_dir=settings.run_dir,

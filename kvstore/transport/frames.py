@@ -20,7 +20,7 @@ import msgspec
 from kvstore.transport.errors import BadFrame
 
 MAGIC: Final = b"CKV1"
-VERSION: Final = 1
+VERSION: Final = 2
 HEADER: Final = struct.Struct(">4sBBHI")
 DATA_HEADER: Final = struct.Struct(">QQIIHH")
 
@@ -52,6 +52,8 @@ Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Body(msgspec.Struct, frozen=True, array_like=True):
+KeyId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+BlockKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     """Base of all bodies. Fields are only ever added at the end."""
 
 
@@ -66,12 +68,14 @@ class Hello(Body, frozen=True, array_like=True):
 class Challenge(Body, frozen=True, array_like=True):
     incarnation: Id
     nonce: Key
+    keys: Annotated[list[KeyId], msgspec.Meta(min_length=1, max_length=8)]  # of the secrets that I accept
     mac: Key
 
 
 class Proof(Body, frozen=True, array_like=True):
     mac: Key
 
+    key: KeyId  # of the secret that both MACs of this handshake are made with
 
 class Welcome(Body, frozen=True, array_like=True):
     num_blocks: Count

@@ -1,13 +1,17 @@
 """Mutual proof that both ends know the cluster secret. Pure: frames in, frames out.
 
     writer                                         receiver
-    HELLO(own, target, compat, protocol, nonce_w) ──▶   target is me?
-          ◀── CHALLENGE(own, nonce_r, HMAC("receiver"))
+    HELLO(own, target, compat, protocol, nonce_w,
+          ids of my secrets) ──▶                        target is me? my first secret that the writer has, too
+          ◀── CHALLENGE(own, nonce_r, HMAC("receiver"), id of that secret)
     checks ── PROOF(HMAC("writer")) ──▶                 constant-time compare; then compat
           ◀── WELCOME(shape of the region [, memfd])    or REJECT(reason) at any point
 
 Both MACs cover role, both nonces, both incarnations, protocol and compat, so that none fits another pair, another
 direction or another time. What differs (compat) is told only to those who proved the secret.
+
+While secrets are rotated each end accepts several. An id of a secret is an HMAC of the writer's nonce, so that it says
+nothing to who listens; all ids are inside the MACs, so that nobody in between can strike the newest out.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Sequence
 
 import msgspec
 
@@ -22,37 +27,47 @@ from kvstore.transport.errors import HandshakeRefused
 from kvstore.transport.frames import Challenge, Hello, Proof
 
 NONCE_BYTES = 32
+KEY_ID_BYTES = 8
+MAX_SECRETS = 8
+
+
+def _key_id(secret: bytes, nonce: bytes) -> bytes:
+    return hmac.new(secret, b"celeriac-kv key " + nonce, hashlib.sha256).digest()[:KEY_ID_BYTES]
 
 
 def _mac(secret: bytes, role: str, hello: Hello, incarnation: str, nonce: bytes) -> bytes:
-    context = (
-        "celeriac-kv", 1, role, hello.nonce, nonce, hello.incarnation, incarnation, hello.protocol, hello.compat
-    )  # fmt: skip
+    pair = (hello.incarnation, incarnation, hello.protocol, hello.compat)
+    context = ("celeriac-kv", 2, role, hello.nonce, nonce, *pair, hello.keys)
     return hmac.new(secret, msgspec.msgpack.encode(context), hashlib.sha256).digest()
 
 
 class WriterHandshake:
-    """The side that connects."""
+    """The side that connects. `secrets`: all that are accepted, the current one first; at most 8 are offered."""
 
-    def __init__(self, *, secret: bytes, incarnation: str, target: str, compat: str, protocol: str) -> None:
-        self._secret = secret
-        self.hello = Hello(incarnation, target, compat, protocol, os.urandom(NONCE_BYTES))
+    def __init__(self, *, secrets: Sequence[bytes], incarnation: str, target: str, compat: str, protocol: str) -> None:
+        nonce = os.urandom(NONCE_BYTES)
+        self._secrets = {_key_id(secret, nonce): secret for secret in secrets[:MAX_SECRETS]}
+        self.hello = Hello(incarnation, target, compat, protocol, nonce, list(self._secrets))
 
     def prove(self, challenge: Challenge) -> Proof:
         """Raises HandshakeRefused: the receiver does not know the secret, or is somebody else."""
         if challenge.incarnation != self.hello.target:
             raise HandshakeRefused(reason="incarnation", detail=challenge.incarnation)
-        expected = _mac(self._secret, "receiver", self.hello, challenge.incarnation, challenge.nonce)
+        secret = self._secrets.get(challenge.key)
+        if secret is None:
+            raise HandshakeRefused(reason="auth")
+        expected = _mac(secret, "receiver", self.hello, challenge.incarnation, challenge.nonce)
         if not hmac.compare_digest(expected, challenge.mac):
             raise HandshakeRefused(reason="auth")
-        return Proof(_mac(self._secret, "writer", self.hello, challenge.incarnation, challenge.nonce))
+        return Proof(_mac(secret, "writer", self.hello, challenge.incarnation, challenge.nonce))
 
 
 class ReceiverHandshake:
-    """The side that accepts."""
+    """The side that accepts. `secrets`: all that are accepted, the current one first."""
 
-    def __init__(self, *, secret: bytes, incarnation: str, compat: str, protocol: str) -> None:
-        self._secret = secret
+    def __init__(self, *, secrets: Sequence[bytes], incarnation: str, compat: str, protocol: str) -> None:
+        self._secrets = tuple(secrets[:MAX_SECRETS])
+        self._secret = b""
         self._incarnation = incarnation
         self._compat = compat
         self._protocol = protocol
@@ -60,18 +75,23 @@ class ReceiverHandshake:
         self.hello: Hello | None = None
 
     def challenge(self, hello: Hello) -> Challenge:
-        """Raises HandshakeRefused: the writer wants somebody else, or speaks another transport."""
+        """Raises HandshakeRefused: the writer wants somebody else, speaks another transport, or shares no secret."""
         if hello.target != self._incarnation:
             raise HandshakeRefused(reason="incarnation", detail="the address has a new owner")
         if hello.protocol != self._protocol:
             raise HandshakeRefused(reason="protocol", detail=f"this is {self._protocol}")
         self.hello = hello
-        mac = _mac(self._secret, "receiver", hello, self._incarnation, self._nonce)
-        return Challenge(self._incarnation, self._nonce, mac)
+        for secret in self._secrets:
+            key_id = _key_id(secret, hello.nonce)
+            if key_id in hello.keys:
+                self._secret = secret
+                mac = _mac(secret, "receiver", hello, self._incarnation, self._nonce)
+                return Challenge(self._incarnation, self._nonce, mac, key_id)
+        raise HandshakeRefused(reason="auth")
 
     def check(self, proof: Proof) -> str:
         """The writer's incarnation. Raises HandshakeRefused: auth or incompatible."""
-        if self.hello is None:
+        if self.hello is None or not self._secret:
             raise HandshakeRefused(reason="state", detail="PROOF before HELLO")
         expected = _mac(self._secret, "writer", self.hello, self._incarnation, self._nonce)
         if not hmac.compare_digest(expected, proof.mac):

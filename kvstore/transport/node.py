@@ -41,7 +41,8 @@ class KVNode:
 
     Args:
         region: our blocks; peers write into those that are granted to them.
-        secret: of the cluster; both ends of a link prove that they know it.
+        secret: of the cluster; both ends of a link prove that they know it. Or what says, at each handshake, which ones
+            are accepted, the current one first: secrets are rotated that way.
         compat: hash over all that two workers must agree on; another one is refused at the handshake.
         protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
         run_dir: where the unix socket goes.
@@ -55,7 +56,7 @@ class KVNode:
         *,
         incarnation: str,
         region: KVRegion,
-        secret: bytes,
+        secret: bytes | Callable[[], Sequence[bytes]],
         compat: str,
         protocols: Sequence[str] = ("shm", "tcp"),
         run_dir: str = "",
@@ -78,7 +79,7 @@ class KVNode:
         self._context = NodeContext(
             incarnation=incarnation,
             region=region,
-            secret=secret,
+            secrets=secret if callable(secret) else lambda: (secret,),
             compat=compat,
             protocols=tuple(protocols),
             checksum=checksum,

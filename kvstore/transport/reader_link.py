@@ -57,7 +57,7 @@ class ReaderLink:
         self._reject: HandshakeRefused | None = None
         self._is_silent = False
         self._handshake = ReceiverHandshake(
-            secret=context.secret,
+            secrets=context.secrets(),
             incarnation=context.incarnation,
             compat=context.compat,
             protocol=connection.protocol,

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,9 @@ class Times:
     """Seconds. Tests shorten them; two nodes that talk should agree on them."""
 
     heartbeat_s: float = 0.5
-    silence_s: float = 2.0  # the writer closes a link that is silent so long; the receiver fences what is open on it
+    silence_s: float = 1.8  # the writer closes a link that is silent so long; the receiver fences what is open on it
+    frame_grace_s: float = 5.0  # a frame, once begun, is through after this and its length at `min_bytes_per_s`
+    min_bytes_per_s: float = 64 << 10
     tcp_silence_s: float = 10.0  # the receiver closes a silent tcp connection: nothing can land after that
     handshake_s: float = 5.0
     reserve_s: float = 3.0  # for the grant, connecting included
@@ -50,7 +52,7 @@ class NodeContext:
 
     incarnation: str
     region: KVRegion
-    secret: bytes
+    secrets: Callable[[], Sequence[bytes]]  # all that are accepted, the current one first; asked at each handshake
     compat: str
     protocols: tuple[str, ...]
     checksum: bool

@@ -94,7 +94,7 @@ class WriterLink:
             return False
         self.phase = LinkPhase.GREETING
         self._handshake = WriterHandshake(
-            secret=context.secret,
+            secrets=context.secrets(),
             incarnation=context.incarnation,
             target=self.target.incarnation,
             compat=context.compat,

@@ -50,7 +50,7 @@ class RawWriter:
 
     def greet(self) -> RawWriter:
         self.hello = WriterHandshake(
-            secret=SECRET, incarnation="raw", target="reader", compat=COMPAT, protocol="tcp"
+            secrets=[SECRET], incarnation="raw", target="reader", compat=COMPAT, protocol="tcp"
         )  # fmt: skip
         self.send(FrameType.HELLO, self.hello.hello)
         _, body = self.read(FrameType.CHALLENGE)
@@ -128,13 +128,15 @@ def test_another_protocol_version_is_told_the_supported_one(end: End) -> None:
     assert f"supported is {VERSION}" in reject.detail
 
 
-def test_a_wrong_proof_is_refused_without_detail_after_a_delay(end: End) -> None:
+@pytest.mark.parametrize("secret", [b"a guess", SECRET])
+def test_a_wrong_secret_or_proof_is_refused_without_detail_after_a_delay(end: End, secret: bytes) -> None:
     writer = RawWriter(end)
-    hello = WriterHandshake(secret=b"guess", incarnation="raw", target="reader", compat=COMPAT, protocol="tcp")
-    writer.send(FrameType.HELLO, hello.hello)
-    writer.read(FrameType.CHALLENGE)
+    hello = WriterHandshake(secrets=[secret], incarnation="raw", target="reader", compat=COMPAT, protocol="tcp")
     start_s = time.monotonic()
-    writer.send(FrameType.PROOF, Proof(bytes(32)))
+    writer.send(FrameType.HELLO, hello.hello)
+    if secret == SECRET:
+        writer.read(FrameType.CHALLENGE)
+        writer.send(FrameType.PROOF, Proof(bytes(32)))
     reject = parse_body(FrameType.REJECT, writer.read(FrameType.REJECT)[1], Reject)
     assert (reject.reason, reject.detail) == ("auth", "")
     assert time.monotonic() - start_s >= 0.2
@@ -142,7 +144,7 @@ def test_a_wrong_proof_is_refused_without_detail_after_a_delay(end: End) -> None
 
 def test_a_recorded_handshake_cannot_be_replayed(end: End) -> None:
     first = RawWriter(end)
-    hello = WriterHandshake(secret=SECRET, incarnation="raw", target="reader", compat=COMPAT, protocol="tcp")
+    hello = WriterHandshake(secrets=[SECRET], incarnation="raw", target="reader", compat=COMPAT, protocol="tcp")
     first.send(FrameType.HELLO, hello.hello)
     challenge = parse_body(FrameType.CHALLENGE, first.read(FrameType.CHALLENGE)[1], Challenge)
     proof = hello.prove(challenge)

@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ class End:
         run_dir: str,
         protocols: Sequence[str],
         *,
-        secret: bytes = SECRET,
+        secret: bytes | Callable[[], Sequence[bytes]] = SECRET,
         compat: str = COMPAT,
         times: Times | None = None,
     ) -> None:

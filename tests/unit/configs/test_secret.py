@@ -43,6 +43,31 @@ def test_the_environment_may_hold_the_secret(tmp_path: Path) -> None:
     assert configs.secret(settings_in(tmp_path), env=env) == b"0123456789abcdef"
 
 
+def test_several_lines_are_several_secrets_the_current_one_first(tmp_path: Path) -> None:
+    env = {"CELERIAC_CLUSTER_SECRET": "the newest secret\n\n  the older secret \n"}
+    assert configs.secrets(settings_in(tmp_path), env=env) == (b"the newest secret", b"the older secret")
+    with pytest.raises(SecretError):
+        configs.secrets(settings_in(tmp_path), env={"CELERIAC_CLUSTER_SECRET": "the newest secret\nhunter2"})
+
+
+def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CELERIAC_CLUSTER_SECRET", raising=False)
+    path = tmp_path / "secret"
+    rotating = configs.RotatingSecrets(settings_in(tmp_path), b"what it was started with")
+    assert rotating() == (b"what it was started with",)
+    make_secret(path)
+    first = rotating()
+    assert first == configs.secrets(settings_in(tmp_path), env={})
+    path.write_bytes(b"the newest secret\n" + first[0] + b"\n")
+    assert rotating() == (b"the newest secret", *first)
+    path.write_bytes(b"short\n")
+    assert rotating() == (b"the newest secret", *first)
+    path.unlink()
+    assert rotating() == (b"the newest secret", *first)
+
+
 def test_a_foreign_package_in_front_of_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_origin()
     foreign = tmp_path / "planted"
