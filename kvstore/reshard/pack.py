@@ -95,3 +95,17 @@ class Packer:
             compress(words, c.destination.dtype, packed)
             words = expand(packed, shape, c.destination.dtype)
         return np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+
+
+class Unpacker:
+    """Expands compressed shares into the pages of the destination. One per link, at the receiver."""
+
+    def __init__(self, conversion: Conversion, region: memoryview) -> None:
+        self._conversion = conversion
+        self._pages = blocks_as_words(region, conversion.destination)
+
+    def expand(self, packed: memoryview, block: int, layer_lo: int, layer_hi: int) -> None:
+        """`(hi - lo) * conversion.wire_layer_bytes` bytes into layers [lo, hi) of a block."""
+        c = self._conversion
+        out = share_of_block(self._pages, block, c.share, layer_lo, layer_hi)
+        out[:] = expand(np.frombuffer(packed, dtype=np.uint8), out.shape, c.destination.dtype)

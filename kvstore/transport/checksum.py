@@ -29,5 +29,15 @@ class TransferChecksum:
                 num_bytes = 0
                 yield
 
+    def update_views(self, views: Iterable[memoryview], slice_bytes: int) -> Iterator[None]:
+        """The same for bytes that are no whole blocks of a region."""
+        num_bytes = 0
+        for view in views:
+            self._hash.update(view)
+            num_bytes += len(view)
+            if num_bytes >= slice_bytes:
+                num_bytes = 0
+                yield
+
     def value(self) -> int:
         return int(self._hash.intdigest())

@@ -116,9 +116,18 @@ class Connection:
             raise BadFrame(reason="backlog", detail=f"{self._out_bytes} bytes are queued")
         self._queue(_Outgoing(deque([memoryview(data)]), len(data), fds=fds))
 
-    def send_pages(self, header: bytes, views: Sequence[memoryview], *, tag: str) -> None:
-        """Queue a DATA frame that reads `views` when it is sent: they must not change until `is_sending` is False."""
-        self._queue(_Outgoing(deque([memoryview(header), *views]), len(header) + sum(map(len, views)), tag))
+    def send_pages(self, header: bytes, views: Sequence[memoryview], *, tag: str) -> object:
+        """Queue a DATA frame that reads `views` when it is sent: they must not change until `is_sending` is False.
+
+        Returns what `is_reading` asks for.
+        """
+        item = _Outgoing(deque([memoryview(header), *views]), len(header) + sum(map(len, views)), tag)
+        self._queue(item)
+        return item
+
+    def is_reading(self, sent: object) -> bool:
+        """Whether this frame's views are still to be read."""
+        return any(item is sent for item in self._out)
 
     def drop_unsent(self, tag: str) -> None:
         """Forget DATA frames of a transfer; one that is half on the wire must be finished."""

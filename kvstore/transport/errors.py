@@ -35,7 +35,7 @@ class HandshakeRefused(TransportError):
     def __init__(self, *, reason: str, detail: str = "") -> None:
         super().__init__(
             f"KV handshake refused ({reason}{': ' + detail if detail else ''}). Both workers must share the cluster "
-            "secret, the model, its dtype, `kv.block_size` and a version of this program that speaks the same protocol."
+            "secret, the model, and a version of this program that speaks the same protocol."
         )
         self.reason = reason
         self.detail = detail

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # ---------------------------------------------------------------- at the receiver
 @dataclass(frozen=True, slots=True)
 class ReserveRequested:
-    """A writer asks for `num_blocks`: answer by `KVNode.grant`."""
+    """A writer asks for `num_blocks` of ours: answer by `KVNode.grant`."""
 
     xfer: str
     rid: str
@@ -53,10 +53,14 @@ class GrantReceived:
 
 @dataclass(frozen=True, slots=True)
 class GrantRefused:
-    """No grant: no_space, quota, timeout, backoff, or why the link could not be made. The transfer is closed."""
+    """No grant: no_space, quota, timeout, backoff, or why the link could not be made. The transfer is closed.
+
+    `detail`: of two workers that do not fit, what differs and the values of both.
+    """
 
     xfer: str
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from kvstore.reshard.layout import KVLayout
 from kvstore.transport.errors import BadFrame
 
 MAGIC: Final = b"CKV1"
@@ -47,13 +48,12 @@ class FrameType(IntEnum):
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+KeyId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Body(msgspec.Struct, frozen=True, array_like=True):
-KeyId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
-BlockKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     """Base of all bodies. Fields are only ever added at the end."""
 
 
@@ -63,24 +63,26 @@ class Hello(Body, frozen=True, array_like=True):
     compat: Text
     protocol: Id
     nonce: Key
+    keys: Annotated[list[KeyId], msgspec.Meta(min_length=1, max_length=8)]  # of the secrets that I accept
+    layout: KVLayout | None = None  # of the writer's KV
 
 
 class Challenge(Body, frozen=True, array_like=True):
     incarnation: Id
     nonce: Key
-    keys: Annotated[list[KeyId], msgspec.Meta(min_length=1, max_length=8)]  # of the secrets that I accept
     mac: Key
+    key: KeyId  # of the secret that both MACs of this handshake are made with
 
 
 class Proof(Body, frozen=True, array_like=True):
     mac: Key
 
-    key: KeyId  # of the secret that both MACs of this handshake are made with
 
 class Welcome(Body, frozen=True, array_like=True):
     num_blocks: Count
     num_layers: Count
     layer_bytes: Count
+    layout: KVLayout | None = None
 
 
 class Reject(Body, frozen=True, array_like=True):

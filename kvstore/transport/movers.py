@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from kvstore.reshard.plan import Conversion
 from kvstore.transport.connection import Connection
 from kvstore.transport.frames import DataHeader, data_frame
 from kvstore.transport.region import KVRegion
@@ -29,6 +30,20 @@ class Mover(Protocol):
 
     def move(self, transfer: Transfer, pairs: Pairs, layer_lo: int, layer_hi: int) -> Iterator[int]:
         """Move layers [lo, hi) of these blocks; yields the bytes of each slice."""
+        ...
+
+
+class ConvertingMover(Mover, Protocol):
+    """Of a link whose receiver keeps KV in another layout. Its blocks are the receiver's."""
+
+    conversion: Conversion
+
+    def finish(self, transfer: Transfer, src_blocks: Sequence[int], num_tokens: int) -> Iterator[int]:
+        """Move what waited for the number of tokens; yields as `move` does."""
+        ...
+
+    def arriving(self, src_blocks: Sequence[int], num_tokens: int) -> Iterator[memoryview]:
+        """What will lie in the receiver's pages, in the order of the grant. Each view is good until the next."""
         ...
 
 

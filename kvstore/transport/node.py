@@ -14,12 +14,13 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.address import KVAddress
 from kvstore.clock import Clock, now_s
 from kvstore.link_report import LinkReport
 from kvstore.overdue import OverdueWriter
+from kvstore.reshard.layout import KVLayout
 from kvstore.transport.errors import TransportError
 from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event, ReserveRequested
@@ -43,7 +44,9 @@ class KVNode:
         region: our blocks; peers write into those that are granted to them.
         secret: of the cluster; both ends of a link prove that they know it. Or what says, at each handshake, which ones
             are accepted, the current one first: secrets are rotated that way.
-        compat: hash over all that two workers must agree on; another one is refused at the handshake.
+        compat: names all that must be equal at two workers; another one is refused at the handshake.
+        layout: how the blocks of `region` lie in it. With a peer of another layout blocks are converted, or the link is
+            refused by name; None: only peers whose layers have as many bytes.
         protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
         run_dir: where the unix socket goes.
         bind: address of the tcp listener.
@@ -65,6 +68,7 @@ class KVNode:
         checksum: bool = True,
         link_gbps: float = 0.0,
         times: Times | None = None,
+        layout: KVLayout | None = None,
         clock: Clock = now_s,
     ) -> None:
         if not secret:
@@ -72,6 +76,9 @@ class KVNode:
         unknown = set(protocols) - {"shm", "tcp"}
         if unknown or not protocols:
             raise ValueError(f"transfer protocols {list(protocols)}: expected shm, tcp or both (`transfer.protocol`)")
+        if layout is not None and (layout.num_layers, layout.layer_bytes) != (region.num_layers, region.layer_bytes):
+            shape = f"{region.num_layers} layers of {region.layer_bytes} bytes"
+            raise ValueError(f"{layout} is not the layout of a region of {shape}")
         self.num_layers = region.num_layers
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: deque[Event] = deque()
@@ -86,6 +93,7 @@ class KVNode:
             clock=clock,
             emit=self._emit,
             times=times or Times(),
+            layout=layout,
             host_id=own_host_id,
             links=LinkEstimates(own_host_id=own_host_id, gbps=link_gbps),
         )
@@ -142,12 +150,22 @@ class KVNode:
 
     # ---------------------------------------------------------------- writer
     def reserve(
-        self, target: KVAddress, xfer: str, *, rid: str, epoch: int, token: str, num_blocks: int, deadline_s: float
+        self,
+        target: KVAddress,
+        xfer: str,
+        *,
+        rid: str,
+        epoch: int,
+        token: str,
+        num_blocks: int,
+        deadline_s: float,
+        num_tokens: int = 0,
     ) -> None:
         """Ask `target` for a grant: `GrantReceived` or `GrantRefused` follows.
 
         Args:
             xfer: a new id each time; one that was closed is never used again.
+            num_blocks: of our size; `num_tokens` counts if the receiver's are of another. 0: as many as fill ours.
             deadline_s: seconds from now; then the transfer is closed, whatever its state.
         """
         for name, value in (("xfer", xfer), ("rid", rid), ("token", token)):
@@ -155,11 +173,11 @@ class KVNode:
                 raise ValueError(f"{name} has {len(value)} characters; expected 1 to {MAX_ID_CHARS}")
         now = self._context.clock()
         ends_s = now + self._context.times.reserve_s
-        transfer = Transfer(xfer, rid, epoch, token, num_blocks, ends_s, now + deadline_s)
+        transfer = Transfer(xfer, rid, epoch, token, num_blocks, ends_s, now + deadline_s, num_tokens)
         self._post(lambda: self._writer.reserve(target, transfer))
 
     def push(self, xfer: str, pairs: list[tuple[int, int]], layer_lo: int, layer_hi: int) -> None:
-        """Move layers [lo, hi) of blocks, each (own block, place in the grant). They must not change until the end.
+        """Move layers [lo, hi) of blocks, each (own block, place in the sequence). They must not change until the end.
 
         Without effect when the transfer is over: its end waits in `poll_events`.
         """

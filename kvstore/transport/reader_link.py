@@ -16,6 +16,7 @@ from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame, HandshakeRefused
 from kvstore.transport.frames import DataHeader, FrameType, Hello, Proof, Reject, Welcome, frame, parse_body
 from kvstore.transport.handshake import ReceiverHandshake
+from kvstore.transport.pages import PeerPages, pages_of
 from kvstore.transport.settings import NodeContext
 
 REJECT_DELAY_S = 0.2  # before the answer to a wrong proof: guessing is slow, and right or wrong take the same time
@@ -34,7 +35,7 @@ class ReaderOwner(Protocol):
 
     def on_frame(self, link: ReaderLink, kind: FrameType, body: bytearray) -> None: ...
     def page_views(self, link: ReaderLink, header: DataHeader, num_bytes: int) -> list[memoryview]: ...
-    def on_landed(self, header: DataHeader) -> None: ...
+    def on_landed(self, link: ReaderLink, header: DataHeader) -> None: ...
     def on_unreachable(self, link: ReaderLink) -> None: ...
     def on_closed(self, link: ReaderLink) -> None: ...
 
@@ -48,6 +49,7 @@ class ReaderLink:
         self.peer = ""  # the writer's incarnation, once proven
         self.pid, _ = connection.peer_credentials()
         self.protocol = connection.protocol
+        self.pages: PeerPages = pages_of(context.region, None)  # where what it sends goes, once it is proven
         self.unwatch: Callable[[ReaderLink], None] = lambda _: None  # set by the owner's loop
         self._context = context
         self._owner = owner
@@ -61,6 +63,7 @@ class ReaderLink:
             incarnation=context.incarnation,
             compat=context.compat,
             protocol=connection.protocol,
+            layout=context.layout,
         )
 
     # ---------------------------------------------------------------- Handler of the loop
@@ -99,7 +102,7 @@ class ReaderLink:
 
     def _dispatch(self, kind: FrameType, body: bytearray | DataHeader) -> None:
         if isinstance(body, DataHeader):
-            self._owner.on_landed(body)
+            self._owner.on_landed(self, body)
         elif self.phase is ReaderPhase.OPEN:
             if kind is not FrameType.HEARTBEAT:
                 self._owner.on_frame(self, kind, body)
@@ -114,8 +117,9 @@ class ReaderLink:
     def _open(self, peer: str) -> None:
         region = self._context.region
         self.peer, self.phase = peer, ReaderPhase.OPEN
-        welcome = frame(FrameType.WELCOME, Welcome(region.num_blocks, region.num_layers, region.layer_bytes))
-        self._connection.send(welcome, fds=(region.fd,) if self.protocol == "shm" else ())
+        self.pages = pages_of(region, self._handshake.conversion)
+        shape = Welcome(region.num_blocks, region.num_layers, region.layer_bytes, self._context.layout)
+        self._connection.send(frame(FrameType.WELCOME, shape), fds=(region.fd,) if self.protocol == "shm" else ())
         self._connection.is_greeting = False
 
     # ---------------------------------------------------------------- use

@@ -45,6 +45,7 @@ from kvstore.transport.frames import (
 )
 from kvstore.transport.loop import Loop
 from kvstore.transport.movers import SLICE_BYTES
+from kvstore.transport.pages import PeerPages
 from kvstore.transport.reader_link import ReaderLink, ReaderPhase
 from kvstore.transport.settings import NodeContext
 
@@ -57,6 +58,7 @@ class _Landing:
 
     layers: dict[int, int] = field(default_factory=dict)
     commit: Commit | None = None
+    pages: PeerPages | None = None  # of the link that the commit came over
     is_tcp: bool = False
     landing_since_s: float = 0.0
     receive_s: float = 0.0  # from the header to the last byte, over all DATA frames
@@ -117,7 +119,7 @@ class ReceiverSide:
             actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
             if any(isinstance(action, Verify) for action in actions):
                 landing = self._landings.setdefault(commit.xfer, _Landing())
-                landing.commit, landing.is_tcp = commit, link.protocol == "tcp"
+                landing.commit, landing.pages, landing.is_tcp = commit, link.pages, link.protocol == "tcp"
             self._perform(actions)
         elif kind in (FrameType.ABORT, FrameType.FENCED):
             self._perform(self.table.on_writer_done(parse_body(kind, body, FenceBody).xfer, link.serial))
@@ -140,19 +142,22 @@ class ReceiverSide:
             raise BadFrame(reason="bad_page", detail=f"places {header.first}..{last} of {len(grant.blocks)}")
         if not 0 <= header.layer_lo < header.layer_hi <= region.num_layers:
             raise BadFrame(reason="bad_page", detail=f"layers {header.layer_lo}..{header.layer_hi}")
-        if num_bytes != header.num_places * (header.layer_hi - header.layer_lo) * region.layer_bytes:
+        if num_bytes != header.num_places * (header.layer_hi - header.layer_lo) * link.pages.layer_bytes:
             raise BadFrame(reason="length", detail=f"{num_bytes} bytes for {header}")
+        views = link.pages.views(grant.blocks[header.first : last], header.layer_lo, header.layer_hi)
         self._landings.setdefault(grant.reservation.xfer, _Landing()).landing_since_s = self._context.clock()
-        return [region.run(block, header.layer_lo, header.layer_hi) for block in grant.blocks[header.first : last]]
+        return views
 
-    def on_landed(self, header: DataHeader) -> None:
+    def on_landed(self, link: ReaderLink, header: DataHeader) -> None:
         grant = self.table.find_serial(header.serial)
         if grant is None:
             return
+        last = header.first + header.num_places
+        link.pages.landed(grant.blocks[header.first : last], header.layer_lo, header.layer_hi)
         landing = self._landings.setdefault(grant.reservation.xfer, _Landing())
         landing.receive_s += self._context.clock() - landing.landing_since_s
         bits = (1 << header.layer_hi) - (1 << header.layer_lo)
-        for place in range(header.first, header.first + header.num_places):
+        for place in range(header.first, last):
             landing.layers[place] = landing.layers.get(place, 0) | bits
 
     def on_unreachable(self, link: ReaderLink) -> None:
@@ -247,7 +252,9 @@ class ReceiverSide:
             checksum = TransferChecksum(
                 xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state
             )  # fmt: skip
-            yield from checksum.update(self._context.region, grant.blocks[: commit.num_blocks], SLICE_BYTES)
+            assert landing.pages is not None
+            held = (view for block in grant.blocks[: commit.num_blocks] for view in landing.pages.held(block))
+            yield from checksum.update_views(held, SLICE_BYTES)
             fault = "" if checksum.value() == commit.checksum else "checksum"
         if fault:
             self._context.reject(fault, f"COMMIT of {xfer}")

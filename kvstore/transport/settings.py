@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.clock import Clock
+from kvstore.reshard.layout import KVLayout
 from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event
 from kvstore.transport.region import KVRegion
@@ -59,6 +60,7 @@ class NodeContext:
     clock: Clock
     emit: Callable[[Event], None]
     times: Times = field(default_factory=Times)
+    layout: KVLayout | None = None
     host_id: str = ""
     links: LinkEstimates = field(default_factory=lambda: LinkEstimates(own_host_id=""))
     counters: Counter[str] = field(default_factory=Counter)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from kvstore.reshard.progress import Progress
 from kvstore.transport.events import Event, GrantRefused, Handed, PushFailed, Refused, SourceFree
 
 
@@ -60,10 +61,13 @@ class Transfer:
     num_blocks: int
     reserve_ends_s: float  # no grant by then: give up
     deadline_s: float
+    num_tokens: int = 0  # that the grant must hold; 0: as many as `num_blocks` of ours
     state: XferState = XferState.RESERVING
     grant_id: str = ""
     serial: int = 0
-    dst_blocks: tuple[int, ...] = ()
+    dst_blocks: tuple[int, ...] = ()  # as many as were asked for, of the receiver's size
+    num_dst_blocks: int = 0
+    progress: Progress | None = None  # over a link that converts
     num_bytes: int = 0
     busy_s: float = 0.0
     commit_frame: bytes = b""  # once it is sent
@@ -71,14 +75,14 @@ class Transfer:
     commit_ends_s: float = 0.0
 
 
-def outcome(transfer: Transfer, event: XferEvent, reason: str) -> Event:
+def outcome(transfer: Transfer, event: XferEvent, reason: str, detail: str = "") -> Event:
     """What the engine is told when `event` closes a transfer in its present state."""
     if event is XferEvent.ABANDONED:
         return SourceFree(transfer.xfer)
     if event is XferEvent.HANDED:
         return Handed(transfer.xfer)
     if transfer.state is XferState.RESERVING:
-        return GrantRefused(transfer.xfer, reason)
+        return GrantRefused(transfer.xfer, reason, detail)
     if event is XferEvent.REFUSED and reason == "handoff":
         return Refused(transfer.xfer, reason)
     return PushFailed(transfer.xfer, reason)  # also a wrong checksum: the KV here is whole, so try again

@@ -179,7 +179,8 @@ class WriterSide:
 
     def _send_reserve(self, link: WriterLink, transfer: Transfer) -> None:
         t = transfer
-        link.send(frame(FrameType.RESERVE, Reserve(t.xfer, t.rid, t.epoch, t.token, t.num_blocks)))
+        t.num_dst_blocks = link.num_dst_blocks(t)
+        link.send(frame(FrameType.RESERVE, Reserve(t.xfer, t.rid, t.epoch, t.token, t.num_dst_blocks)))
 
     def _on_grant(self, link: WriterLink, grant: GrantBody) -> None:
         transfer = link.transfers.get(grant.xfer)
@@ -188,9 +189,9 @@ class WriterSide:
                 link.send(frame(FrameType.ABORT, FenceBody(grant.xfer, grant.grant_id)))
             return
         blocks = tuple(grant.blocks)
-        is_sound = len(set(blocks)) == len(blocks) == transfer.num_blocks
+        is_sound = len(set(blocks)) == len(blocks) == transfer.num_dst_blocks
         if not is_sound or not all(block < link.num_peer_blocks for block in blocks):
-            raise BadFrame(reason="bad_page", detail=f"GRANT of blocks {blocks[:8]} for {transfer.num_blocks}")
+            raise BadFrame(reason="bad_page", detail=f"GRANT of blocks {blocks[:8]} for {transfer.num_dst_blocks}")
         transfer.grant_id, transfer.serial, transfer.dst_blocks = grant.grant_id, grant.serial, blocks
         transfer.state = advance(transfer.state, XferEvent.GRANT)
         self._context.emit(GrantReceived(transfer.xfer, len(blocks)))
@@ -205,7 +206,10 @@ class WriterSide:
 
     def _push_job(self, link: WriterLink, transfer: Transfer, pairs: Pairs, lo: int, hi: int) -> Iterator[None]:
         assert link.mover is not None
-        for num_bytes in link.mover.move(transfer, pairs, lo, hi):
+        yield from self._count(transfer, link.mover.move(transfer, pairs, lo, hi))
+
+    def _count(self, transfer: Transfer, slices: Iterator[int]) -> Iterator[None]:
+        for num_bytes in slices:
             transfer.num_bytes += num_bytes
             self._context.counters["sent_bytes"] += num_bytes
             yield
@@ -214,14 +218,29 @@ class WriterSide:
         self, link: WriterLink, transfer: Transfer, src_blocks: Sequence[int], num_tokens: int, state: bytes
     ) -> Iterator[None]:
         """Runs when all pushes before it are complete: its place in the link's queue says so."""
-        t, times = transfer, self._context.times
+        t, times, converter = transfer, self._context.times, link.converter
+        num_filled = len(src_blocks)
+        if converter is not None:
+            yield from self._count(t, converter.finish(t, src_blocks, num_tokens))
+            num_filled = converter.conversion.blocks_for(num_tokens)
         value = None
         if self._context.checksum:
             checksum = TransferChecksum(xfer=t.xfer, epoch=t.epoch, num_tokens=num_tokens, state=state)
-            yield from checksum.update(self._context.region, src_blocks, SLICE_BYTES)
+            if converter is None:
+                yield from checksum.update(self._context.region, src_blocks, SLICE_BYTES)
+            else:
+                yield from checksum.update_views(converter.arriving(src_blocks, num_tokens), SLICE_BYTES)
             value = checksum.value()
         body = Commit(
-            t.xfer, t.grant_id, t.epoch, num_tokens, len(src_blocks), value, state, t.num_bytes, t.busy_s
+            t.xfer,
+            t.grant_id,
+            t.epoch,
+            num_tokens,
+            num_filled,
+            value,
+            state,
+            t.num_bytes,
+            t.busy_s,
         )  # fmt: skip
         t.commit_frame = frame(FrameType.COMMIT, body)
         now = self._context.clock()
@@ -250,7 +269,7 @@ class WriterSide:
         self, link: WriterLink, transfer: Transfer, event: XferEvent, reason: str, reply: FrameType | None = None
     ) -> None:
         """The end of a transfer: no more reads of its source, the reply behind its last frame, then the event."""
-        told = outcome(transfer, event, reason)
+        told = outcome(transfer, event, reason, link.fault_detail)
         transfer.state = advance(transfer.state, event)
         del link.transfers[transfer.xfer], self._link_of[transfer.xfer]
         link.drop_jobs(transfer)

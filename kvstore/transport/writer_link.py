@@ -18,11 +18,12 @@ from enum import Enum, auto
 from typing import Protocol
 
 from kvstore.address import KVAddress
+from kvstore.reshard.plan import Conversion
 from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame, HandshakeRefused, TransportError
 from kvstore.transport.frames import Challenge, DataHeader, FrameType, Reject, Welcome, frame, parse_body
-from kvstore.transport.handshake import WriterHandshake
-from kvstore.transport.movers import Mover, ShmMover, TcpMover
+from kvstore.transport.handshake import WriterHandshake, conversion_of
+from kvstore.transport.movers import ConvertingMover, Mover, ShmMover, TcpMover
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import NodeContext
 from kvstore.transport.transfers import Transfer
@@ -56,6 +57,8 @@ class WriterLink:
         self.transfers: dict[str, Transfer] = {}
         self.jobs: deque[tuple[Transfer, Iterator[None]]] = deque()
         self.mover: Mover | None = None
+        self.converter: ConvertingMover | None = None  # the mover, if the peer has another layout
+        self.fault_detail = ""  # of a handshake that failed: what differs
         self.started_s = context.clock()
         self._context = context
         self._owner = owner
@@ -99,6 +102,7 @@ class WriterLink:
             target=self.target.incarnation,
             compat=context.compat,
             protocol=connection.protocol,
+            layout=context.layout,
         )
         connection.send(frame(FrameType.HELLO, self._handshake.hello))
         return True
@@ -140,6 +144,7 @@ class WriterLink:
         except TransportError as error:
             reason = getattr(error, "reason", "region")
             self._context.reject(reason, error, peer=self.target.incarnation)
+            self.fault_detail = getattr(error, "detail", "")
             self.close(reason)
         except (EOFError, OSError) as error:
             self.close(f"channel_lost: {error}")
@@ -178,23 +183,35 @@ class WriterLink:
     def _open(self, welcome: Welcome) -> None:
         connection, region = self._connection, self._context.region
         assert connection is not None
-        if (welcome.num_layers, welcome.layer_bytes) != (region.num_layers, region.layer_bytes):
-            detail = f"{welcome.num_layers} layers of {welcome.layer_bytes} bytes"
-            raise HandshakeRefused(reason="layout", detail=detail)
+        conversion = conversion_of(self._context.layout, welcome.layout, connection.protocol)
+        ours = conversion.destination if conversion is not None else region
+        expected = (ours.num_layers, ours.layer_bytes)
+        if (welcome.num_layers, welcome.layer_bytes) != expected:
+            found = f"receiver's region has {welcome.num_layers} layers of {welcome.layer_bytes} bytes"
+            raise HandshakeRefused(reason="layout", detail=f"{found}, expected {expected[0]} of {expected[1]}")
         if connection.protocol == "shm":
             if len(connection.fds) != 1:
                 raise BadFrame(reason="state", detail=f"WELCOME with {len(connection.fds)} descriptors")
             shape = {name: getattr(welcome, name) for name in ("num_blocks", "num_layers", "layer_bytes")}
             self._peer_region = KVRegion.attach(connection.fds.pop(), **shape)
-            self.mover = ShmMover(region, self._peer_region)
+        if conversion is None or conversion.is_plain:
+            peer = self._peer_region
+            self.mover = TcpMover(region, connection) if peer is None else ShmMover(region, peer)
         else:
-            self.mover = TcpMover(region, connection)
+            self.mover = self.converter = _converter(region, self._peer_region, connection, conversion)
         connection.is_greeting = False
         self.num_peer_blocks = welcome.num_blocks
         self.phase = LinkPhase.OPEN
         self._owner.on_open(self)
 
     # ---------------------------------------------------------------- use
+    def num_dst_blocks(self, transfer: Transfer) -> int:
+        """Blocks of the receiver's size to ask it for."""
+        if self.converter is None:
+            return transfer.num_blocks
+        conversion = self.converter.conversion
+        return conversion.blocks_for(transfer.num_tokens or transfer.num_blocks * conversion.source.block_size)
+
     def send(self, data: bytes) -> None:
         """Queue a frame; a peer that reads nothing loses the link."""
         if self._connection is None or self.phase is LinkPhase.CLOSED:
@@ -250,7 +267,7 @@ class WriterLink:
             return
         self.phase = LinkPhase.CLOSED
         self.jobs.clear()
-        self.mover = None
+        self.mover = self.converter = None  # they see the peer's pages
         self._drop_connection()
         if self._peer_region is not None:
             self._peer_region.close()
@@ -261,6 +278,15 @@ class WriterLink:
             self._owner.unwatch(self)
             self._connection.close()
             self._connection = None
+
+
+def _converter(own: KVRegion, peer: KVRegion | None, connection: Connection, conversion: Conversion) -> ConvertingMover:
+    """With `peer`, its mapping, over shm; else over tcp."""
+    from kvstore.transport.converting import ConvertingShmMover, ConvertingTcpMover  # numpy: only for unlike pairs
+
+    if peer is None:
+        return ConvertingTcpMover(own, connection, conversion)
+    return ConvertingShmMover(own, peer, conversion)
 
 
 def _candidates(

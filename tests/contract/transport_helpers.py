@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.reshard import KVLayout
 from kvstore.transport import Event, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
 from tests.contract.transport_peer import COMPAT, LAYER_BYTES, NUM_BLOCKS, NUM_LAYERS, SECRET
 
@@ -33,8 +34,10 @@ class End:
         secret: bytes | Callable[[], Sequence[bytes]] = SECRET,
         compat: str = COMPAT,
         times: Times | None = None,
+        layout: KVLayout | None = None,
     ) -> None:
-        self.region = KVRegion.create(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
+        num_layers, layer_bytes = (layout.num_layers, layout.layer_bytes) if layout else (NUM_LAYERS, LAYER_BYTES)
+        self.region = KVRegion.create(NUM_BLOCKS, num_layers, layer_bytes)
         self.node = KVNode(
             incarnation=name,
             region=self.region,
@@ -43,6 +46,7 @@ class End:
             protocols=protocols,
             run_dir=run_dir,
             times=times,
+            layout=layout,
         )
         self.address = self.node.start()
         self.events: list[Event] = []
@@ -70,9 +74,18 @@ class End:
             return False
         return True
 
-    def reserve(self, target: KVAddress, xfer: str, num_blocks: int, *, deadline_s: float = 60.0) -> None:
+    def reserve(
+        self, target: KVAddress, xfer: str, num_blocks: int, *, deadline_s: float = 60.0, num_tokens: int = 0
+    ) -> None:
         self.node.reserve(
-            target, xfer, rid=f"rid-{xfer}", epoch=3, token="tok", num_blocks=num_blocks, deadline_s=deadline_s
+            target,
+            xfer,
+            rid=f"rid-{xfer}",
+            epoch=3,
+            token="tok",
+            num_blocks=num_blocks,
+            deadline_s=deadline_s,
+            num_tokens=num_tokens,
         )
 
     def close(self) -> None:
