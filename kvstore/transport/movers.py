@@ -38,7 +38,7 @@ class ConvertingMover(Mover, Protocol):
 
     conversion: Conversion
 
-    def finish(self, transfer: Transfer, src_blocks: Sequence[int], num_tokens: int) -> Iterator[int]:
+    def complete(self, transfer: Transfer, src_blocks: Sequence[int], num_tokens: int) -> Iterator[int]:
         """Move what waited for the number of tokens; yields as `move` does."""
         ...
 

@@ -123,6 +123,12 @@ class ReaderLink:
         self._connection.is_greeting = False
 
     # ---------------------------------------------------------------- use
+    @property
+    def is_converted(self) -> bool:
+        """The peer keeps KV in another layout than we do."""
+        conversion = self._handshake.conversion
+        return conversion is not None and not conversion.is_plain
+
     def send(self, data: bytes) -> None:
         if self.phase in (ReaderPhase.GREETING, ReaderPhase.REJECTED, ReaderPhase.OPEN):
             try:

@@ -45,7 +45,6 @@ from kvstore.transport.frames import (
 )
 from kvstore.transport.loop import Loop
 from kvstore.transport.movers import SLICE_BYTES
-from kvstore.transport.pages import PeerPages
 from kvstore.transport.reader_link import ReaderLink, ReaderPhase
 from kvstore.transport.settings import NodeContext
 
@@ -58,7 +57,7 @@ class _Landing:
 
     layers: dict[int, int] = field(default_factory=dict)
     commit: Commit | None = None
-    pages: PeerPages | None = None  # of the link that the commit came over
+    link: ReaderLink | None = None  # that the commit came over
     is_tcp: bool = False
     landing_since_s: float = 0.0
     receive_s: float = 0.0  # from the header to the last byte, over all DATA frames
@@ -119,7 +118,7 @@ class ReceiverSide:
             actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
             if any(isinstance(action, Verify) for action in actions):
                 landing = self._landings.setdefault(commit.xfer, _Landing())
-                landing.commit, landing.pages, landing.is_tcp = commit, link.pages, link.protocol == "tcp"
+                landing.commit, landing.link, landing.is_tcp = commit, link, link.protocol == "tcp"
             self._perform(actions)
         elif kind in (FrameType.ABORT, FrameType.FENCED):
             self._perform(self.table.on_writer_done(parse_body(kind, body, FenceBody).xfer, link.serial))
@@ -252,9 +251,13 @@ class ReceiverSide:
             checksum = TransferChecksum(
                 xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state
             )  # fmt: skip
-            assert landing.pages is not None
-            held = (view for block in grant.blocks[: commit.num_blocks] for view in landing.pages.held(block))
-            yield from checksum.update_views(held, SLICE_BYTES)
+            link, blocks = landing.link, grant.blocks[: commit.num_blocks]
+            assert link is not None
+            if link.is_converted:
+                held = (view for block in blocks for view in link.pages.held(block))
+                yield from checksum.update_views(held, SLICE_BYTES)
+            else:
+                yield from checksum.update(self._context.region, blocks, SLICE_BYTES)
             fault = "" if checksum.value() == commit.checksum else "checksum"
         if fault:
             self._context.reject(fault, f"COMMIT of {xfer}")

@@ -221,7 +221,7 @@ class WriterSide:
         t, times, converter = transfer, self._context.times, link.converter
         num_filled = len(src_blocks)
         if converter is not None:
-            yield from self._count(t, converter.finish(t, src_blocks, num_tokens))
+            yield from self._count(t, converter.complete(t, src_blocks, num_tokens))
             num_filled = converter.conversion.blocks_for(num_tokens)
         value = None
         if self._context.checksum:
