@@ -14,6 +14,7 @@ from benchmarks.engine_shapes import Shape
 
 RunJob = Callable[[dict[str, Any]], dict[str, float]]
 DECODE_INPUT_LEN: Final = 64
+MAX_NUM_BATCHED_TOKENS: Final = 4096  # of every engine: a prompt of 2048 or four of 512 are one step
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,19 @@ class Roof:
 
     bytes_per_s: float
     flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of a case cannot do without: `num_tokens` computed, bytes read, floating-point operations."""
+
+    num_tokens: int
+    num_bytes: float
+    flops: float
+
+    def tokens_per_s(self, roof: Roof) -> float:
+        """Were the step bound by memory or arithmetic alone, whichever is slower."""
+        return self.num_tokens / max(self.num_bytes / roof.bytes_per_s, self.flops / roof.flops_per_s)
 
 
 @dataclass(frozen=True)
@@ -43,19 +57,19 @@ class Case:
         # A disturbance may make the shorter job the longer one: there is no number then.
         return self.num_seqs * decode_tokens / (whole_s - prefill_s) if whole_s > prefill_s else float("nan")
 
-    def roof_tokens_per_s(self, shape: Shape, roof: Roof, *, decode_tokens: int, dtype: str) -> float:
-        """Tokens per second if every step were bound by memory or arithmetic alone, whichever is slower."""
+    def work(self, shape: Shape, *, decode_tokens: int, dtype: str) -> Work:
+        """Of a decode step at the mean context, or of the whole prefill as one step."""
         if self.phase == "decode":
-            context = self.num_seqs * (self.input_len + decode_tokens // 2)
-            num_bytes = shape.step_bytes(num_seqs=self.num_seqs, num_context_tokens=context, dtype=dtype)
-            flops = shape.flops(num_tokens=self.num_seqs, num_seqs=self.num_seqs, num_context_tokens=context)
             num_tokens = self.num_seqs
+            context = looked_at = self.num_seqs * (self.input_len + decode_tokens // 2)
         else:
-            num_tokens = self.num_seqs * self.input_len
-            num_bytes = shape.step_bytes(num_seqs=self.num_seqs, num_context_tokens=num_tokens, dtype=dtype)
+            num_tokens = context = self.num_seqs * self.input_len
             looked_at = num_tokens * (self.input_len + 1) // 2
-            flops = shape.flops(num_tokens=num_tokens, num_seqs=self.num_seqs, num_context_tokens=looked_at)
-        return num_tokens / max(num_bytes / roof.bytes_per_s, flops / roof.flops_per_s)
+        return Work(
+            num_tokens,
+            shape.step_bytes(num_seqs=self.num_seqs, num_context_tokens=context, dtype=dtype),
+            shape.flops(num_tokens=num_tokens, num_seqs=self.num_seqs, num_context_tokens=looked_at),
+        )
 
     def _job(self, output_len: int, *, seed: int) -> dict[str, Any]:
         return {

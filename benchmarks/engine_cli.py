@@ -1,36 +1,63 @@
-"""`celeriac bench engine`: the engine process alone, against the machine, against vLLM, and under a loaded worker."""
+"""`celeriac bench engine`: the engine process alone, against the machine, against rivals, and under a loaded worker."""
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
 
 from benchmarks import engine_report, report
 from benchmarks.engine_cases import CASES
+from benchmarks.engine_determinism import measure_determinism
 from benchmarks.engine_isolation import IsolationSpec, measure_isolation
+from benchmarks.engine_memory import MemorySpec, made_shapes, measure_memory, quarters
 from benchmarks.engine_profile import measure_profile
+from benchmarks.engine_rivals import RIVALS, RivalOptions
 from benchmarks.engine_shapes import SHAPES
 from benchmarks.engine_speed import SpeedSpec, first_cpus, measure_speed
 from benchmarks.errors import BenchError
 from benchmarks.machine import describe_machine
+from benchmarks.sheets import Sheet, markdown, print_sheets
 from benchmarks.stats import Ratio
 
-OUTPUT_WIDTH = 140  # in a file or a pipe
-QUIET_LOAD = 0.5
-Printer = Callable[[Console, Sequence[dict[str, Any]]], None]
+OUTPUT_WIDTH: Final = 160  # in a file or a pipe
+QUIET_LOAD: Final = 0.5
+MIN_LONG_CONTEXT: Final = 1024
+
+
+@dataclass(frozen=True)
+class _Result:
+    """`name`: of the mode, for the files of --save."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    ratios: dict[str, Ratio]
+    sheets: Callable[[Sequence[dict[str, Any]]], list[Sheet]]
 
 
 @click.command()
 @click.option("--isolation", is_flag=True, help="A step in a loaded worker against the engine alone.")
 @click.option("--profile", is_flag=True, help="Where a step's time goes.")
-@click.option("--compare", type=click.Choice(["vllm"]), help="Run the same cases on vLLM, in a venv of its own.")
+@click.option("--determinism", is_flag=True, help="How often tokens depend on the batch, and what it costs if not.")
+@click.option(
+    "--long-context",
+    type=click.IntRange(MIN_LONG_CONTEXT),
+    metavar="TOKENS",
+    help="Memory for prompts of a quarter, half and all of so many tokens, in chunks. [default shape: 135m]",
+)
+@click.option(
+    "--compare",
+    "rivals",
+    multiple=True,
+    type=click.Choice(list(RIVALS)),
+    help="Run the same cases on this program; may be repeated. vllm and llama.cpp get a venv of their own.",
+)
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="Model shapes; else all.")
 @click.option(
     "--case", "cases", multiple=True, type=click.Choice([case.name for case in CASES]), help="Cases; else all."
@@ -50,12 +77,25 @@ Printer = Callable[[Console, Sequence[dict[str, Any]]], None]
 @click.option(
     "--vllm-venv", type=click.Path(file_okay=False, path_type=Path), help="Where vLLM is, or will be, installed."
 )
+@click.option(
+    "--llama-cpp-venv",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where llama.cpp is, or will be, compiled and installed.",
+)
 @click.option("--vllm-eager", is_flag=True, help="vLLM without torch.compile.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option(
+    "--save",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Also write engine-MODE.json and engine-MODE.md, the tables as Markdown, there.",
+)
 def engine(
     isolation: bool,
     profile: bool,
-    compare: str | None,
+    determinism: bool,
+    long_context: int | None,
+    rivals: tuple[str, ...],
     shapes: tuple[str, ...],
     cases: tuple[str, ...],
     dtype: str | None,
@@ -65,12 +105,15 @@ def engine(
     num_requests: int,
     model: str,
     vllm_venv: Path | None,
+    llama_cpp_venv: Path | None,
     vllm_eager: bool,
     as_json: bool,
+    save: Path | None,
 ) -> None:
     """Measure the engine process alone: decode and prefill speed, beside what the machine can do."""
-    if sum((isolation, profile, compare is not None)) > 1:
-        raise click.UsageError("--isolation, --profile and --compare exclude each other")
+    if sum((isolation, profile, determinism, long_context is not None, bool(rivals))) > 1:
+        names = "--isolation, --profile, --determinism, --long-context and --compare"
+        raise click.UsageError(f"{names} exclude each other")
     load_before = os.getloadavg()[0]
     if load_before > QUIET_LOAD:
         _say(f"notice: other programs run here (load average {load_before:.1f}): only ratios of rounds mean something")
@@ -78,56 +121,66 @@ def engine(
     try:
         if isolation:
             spec = IsolationSpec(num_rounds=rounds, num_requests=num_requests, model=model, dtype=dtype or "float32")
-            rows, ratios = measure_isolation(spec, say=_say)
-            _show(as_json, load_before, rows, ratios, printer=engine_report.print_isolation, num_rounds=rounds)
-            return
-        speed = SpeedSpec(
-            shapes=shapes or tuple(SHAPES),
-            cases=cases or tuple(case.name for case in CASES),
-            num_rounds=rounds,
-            dtype=dtype or "bfloat16",
-            cpus=first_cpus(threads),
-            decode_tokens=decode_tokens,
-        )
-        if profile:
-            rows, ratios = measure_profile(speed, say=_say)
-            _show(as_json, load_before, rows, ratios, printer=engine_report.print_profile, num_rounds=rounds)
-            return
-        rival = _vllm(vllm_venv, eager=vllm_eager) if compare else None
-        rows, ratios = measure_speed(speed, say=_say, make_rival=rival)
-        _show(as_json, load_before, rows, ratios, printer=engine_report.print_speed, num_rounds=rounds)
+            result = _Result("isolation", *measure_isolation(spec, say=_say), engine_report.isolation_sheets)
+        elif long_context is not None:
+            memory = MemorySpec(
+                shapes=made_shapes(shapes or ("135m",)),
+                lengths=quarters(long_context),
+                num_rounds=rounds,
+                dtype=dtype or "bfloat16",
+                cpus=first_cpus(threads),
+            )
+            if not memory.shapes:
+                raise click.UsageError("--long-context needs a shape whose weights are made on the spot: 135m or 05b")
+            result = _Result("long-context", *measure_memory(memory, say=_say), engine_report.memory_sheets)
+        else:
+            speed = SpeedSpec(
+                shapes=shapes or tuple(SHAPES),
+                cases=cases or tuple(case.name for case in CASES),
+                num_rounds=rounds,
+                dtype=dtype or "bfloat16",
+                cpus=first_cpus(threads),
+                decode_tokens=decode_tokens,
+            )
+            venvs = {"vllm": vllm_venv, "llama.cpp": llama_cpp_venv}
+            options = RivalOptions({name: path for name, path in venvs.items() if path}, vllm_eager)
+            result = _measure(speed, rivals, options, is_profile=profile, is_determinism=determinism)
     except BenchError as error:
         raise click.ClickException(str(error)) from error
+    _show(result, load_before, as_json=as_json, save=save)
 
 
-def _vllm(venv: Path | None, *, eager: bool) -> Callable[..., Any]:
-    from benchmarks.engine_vllm import default_venv, ensure_venv, vllm_program
+def _measure(
+    speed: SpeedSpec, rivals: Sequence[str], options: RivalOptions, *, is_profile: bool, is_determinism: bool
+) -> _Result:
+    if is_profile:
+        return _Result("profile", *measure_profile(speed, say=_say), engine_report.profile_sheets)
+    if is_determinism:
+        return _Result("determinism", *measure_determinism(speed, say=_say), engine_report.determinism_sheets)
+    makers = [RIVALS[name](options, _say) for name in dict.fromkeys(rivals)]
+    name = "-".join(["speed", *(f"vs-{rival}" for rival in dict.fromkeys(rivals))])
+    return _Result(name, *measure_speed(speed, say=_say, rivals=makers), engine_report.speed_sheets)
 
-    return functools.partial(vllm_program, ensure_venv(venv or default_venv(), say=_say), eager=eager)
 
-
-def _show(
-    as_json: bool,
-    load_before: float,
-    rows: Sequence[dict[str, Any]],
-    ratios: dict[str, Ratio],
-    *,
-    printer: Printer,
-    num_rounds: int,
-) -> None:
+def _show(result: _Result, load_before: float, *, as_json: bool, save: Path | None) -> None:
     machine = describe_machine()
+    facts = {"machine": machine["cpu"], "num_cores": machine["num_usable_cores"], "load_before": load_before}
+    text = report.to_json(report.result_object(machine, [{**row, **facts} for row in result.rows], result.ratios))
+    sheets = [
+        engine_report.machine_sheet(machine, load_before),
+        *result.sheets(result.rows),
+        *engine_report.ratio_sheets(result.ratios),
+    ]
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        save.joinpath(f"engine-{result.name}.json").write_text(text + "\n")
+        save.joinpath(f"engine-{result.name}.md").write_text(markdown(sheets))
+        _say(f"written: {save}/engine-{result.name}.json and .md")
     if as_json:
-        facts = {"machine": machine["cpu"], "num_cores": machine["num_usable_cores"], "load_before": load_before}
-        click.echo(report.to_json(report.result_object(machine, [{**row, **facts} for row in rows], ratios)))
+        click.echo(text)
         return
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=OUTPUT_WIDTH)
-    engine_report.print_machine(console, machine)
-    console.print(f"load average before the start: {load_before:.1f}")
-    printer(console, rows)
-    if ratios:
-        engine_report.print_ratios(console, ratios, num_rounds=num_rounds)
+    print_sheets(console if console.is_terminal else Console(width=OUTPUT_WIDTH), sheets)
 
 
 def _say(line: str) -> None:

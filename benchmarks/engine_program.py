@@ -70,7 +70,7 @@ class Program:
             raise
         return self
 
-    def run(self, job: Mapping[str, Any]) -> dict[str, float]:
+    def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Run one job and wait for its result.
 
         Raises:

@@ -1,91 +1,135 @@
-"""Results of `celeriac bench engine` for people."""
+"""Results of `celeriac bench engine` for people: sheets, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.engine_profile import PARTS
 from benchmarks.engine_steps import CONTEXT_BIN_TOKENS
+from benchmarks.sheets import Sheet
 from benchmarks.stats import MIN_ROUNDS, Ratio
 
 MAX_BINS = 24  # shown; JSON has all
+Row = Mapping[str, Any]
 
 
-def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
-    console.print(
+def machine_sheet(machine: Row, load_before: float) -> Sheet:
+    line = (
         f"{machine['cpu']}, {machine['num_usable_cores']} of {machine['num_cores']} cores, "
-        f"{machine['memory_gib']} GiB, {' '.join(machine['cpu_features'])}"
+        f"{machine['memory_gib']} GiB, {' '.join(machine['cpu_features'])}; "
+        f"load average before the start: {load_before:.1f}"
     )
+    return Sheet(notes=[line])
 
 
-def print_isolation(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def isolation_sheets(rows: Sequence[Row]) -> list[Sheet]:
     """The whole, and the bins that the comparison rests on most, in the order of batch sizes."""
     total, bins = rows[0], [row for row in rows if row["row"] == "bin"]
-    console.print(total["layout"])
-    console.print(
+    head = (
         f"{total['dtype']}, {total['num_rounds']} rounds, pure decode steps: {total['num_loaded_steps']} loaded, "
         f"{total['num_alone_steps']} alone, {total['num_compared_steps']} compared; "
         f"{total['num_failed_requests']} requests failed; p99 over p50 of a step: "
         f"{total['loaded_ms_p99_over_p50']:.2f} loaded, {total['alone_ms_p99_over_p50']:.2f} alone"
     )
-    table = Table("batch", "context per seq", "steps loaded", "steps alone", "loaded, ms", "alone, ms", "ratio")
     heaviest = sorted(bins, key=lambda row: min(row["num_loaded"], row["num_alone"]), reverse=True)[:MAX_BINS]
+    lines = []
     for row in sorted(heaviest, key=lambda row: (row["num_seqs"], row["context_bin"])):
         low = CONTEXT_BIN_TOKENS * row["context_bin"]
-        table.add_row(
-            *(
-                str(row["num_seqs"]),
-                f"{low} to {low + CONTEXT_BIN_TOKENS - 1}",
-                str(row["num_loaded"]),
-                str(row["num_alone"]),
-            ),
-            *(f"{row['loaded_ms']:.2f}", f"{row['alone_ms']:.2f}", f"{row['ratio']:.3f}"),
-        )
-    console.print(table)
-    if len(bins) > MAX_BINS:
-        console.print(f"The {MAX_BINS} bins with the most steps, of {len(bins)}; --json has all.")
+        counts = [str(row["num_seqs"]), f"{low} to {low + CONTEXT_BIN_TOKENS - 1}"]
+        counts += [str(row["num_loaded"]), str(row["num_alone"])]
+        lines.append([*counts, f"{row['loaded_ms']:.2f}", f"{row['alone_ms']:.2f}", f"{row['ratio']:.3f}"])
+    columns = ("batch", "context per seq", "steps loaded", "steps alone", "loaded, ms", "alone, ms", "ratio")
+    more = [f"The {MAX_BINS} bins with the most steps, of {len(bins)}; --json has all."] if len(bins) > MAX_BINS else []
+    return [Sheet(notes=[total["layout"], head]), Sheet(columns, lines, more)]
 
 
-def print_speed(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table("shape", "case", "program", "tokens/s p50", "p10 to p90", "roof, tokens/s", "of roof")
+def speed_sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """Speeds beside the roofs: of a decode step the bytes that it must read, of a prefill its operations."""
+    lines = []
     for row in rows:
-        speed = row["tokens_per_s"]
-        table.add_row(
-            *(row["shape"], row["case"], row["program"], f"{speed['p50']:.1f}"),
-            *(f"{speed['p10']:.1f} to {speed['p90']:.1f}", f"{row['roof_tokens_per_s']:.1f}"),
-            f"{100 * row['roof_share']:.0f} %",
+        speed, is_decode = row["tokens_per_s"], row["case"].startswith("decode")
+        work = f"{row['step_bytes'] / 1e6:,.0f} MB" if is_decode else f"{row['step_flops'] / 1e9:,.0f} GFLOP"
+        rate, roof = (
+            (f"{row['achieved_gb_per_s']:.1f} GB/s", f"{row['bandwidth_gb_per_s']:.1f} GB/s")
+            if is_decode
+            else (f"{row['achieved_gflops']:.0f} GFLOP/s", f"{row['gemm_gflops']:.0f} GFLOP/s")
         )
-    console.print(table)
-    for shape, row in {row["shape"]: row for row in rows}.items():
-        console.print(
-            f"{shape}: {row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds; the machine reads "
-            f"{row['bandwidth_gb_per_s']:.1f} GB/s and multiplies {row['gemm_gflops']:.0f} GFLOP/s"
-        )
+        cells = [row["shape"], row["case"], row["program"], f"{speed['p50']:,.1f}"]
+        cells += [f"{speed['p10']:,.1f} to {speed['p90']:,.1f}", work, rate, roof]
+        lines.append([*cells, f"{row['roof_tokens_per_s']:,.1f}", f"{100 * row['roof_share']:.0f} %"])
+    columns = (
+        *("shape", "case", "program", "tokens/s p50", "p10 to p90", "work of a step", "achieved", "machine"),
+        *("roof, tokens/s", "of roof"),
+    )
+    notes = [
+        f"{shape}: {row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds; the machine reads "
+        f"{row['bandwidth_gb_per_s']:.1f} GB/s and multiplies {row['gemm_gflops']:.0f} GFLOP/s"
+        for shape, row in {row["shape"]: row for row in rows}.items()
+    ]
+    return [Sheet(columns, lines, notes)]
 
 
-def print_profile(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def profile_sheets(rows: Sequence[Row]) -> list[Sheet]:
     """A column per row, a line per part."""
-    table = Table("ms, median", *(f"{row['shape']}\n{row['case']}" for row in rows), "what")
-    for part, what in PARTS.items():
-        table.add_row(part, *(f"{row['parts_ms'][part]:.3f}" for row in rows), what)
-    table.add_section()
-    table.add_row("step", *(f"{row['step_ms']:.3f}" for row in rows), "from schedule to send")
+    lines = [[part, *(f"{row['parts_ms'][part]:.3f}" for row in rows), what] for part, what in PARTS.items()]
+    lines.append(["step", *(f"{row['step_ms']:.3f}" for row in rows), "from schedule to send"])
     outside = [row["outside_forward_ms"] for row in rows]
-    table.add_row("outside forward", *(f"{each['p50']:.3f}" for each in outside), "all but forward and logits")
-    table.add_row("  p90", *(f"{each['p90']:.3f}" for each in outside), "")
-    table.add_row("steps", *(str(row["num_steps"]) for row in rows), "that these medians are of")
-    console.print(table)
+    lines.append(["outside forward", *(f"{each['p50']:.3f}" for each in outside), "all but forward and logits"])
+    lines.append(["outside forward, p90", *(f"{each['p90']:.3f}" for each in outside), ""])
+    lines.append(["steps", *(str(row["num_steps"]) for row in rows), "that these medians are of"])
+    return [Sheet(("ms, median", *(f"{row['shape']}\n{row['case']}" for row in rows), "what"), lines)]
 
 
-def print_ratios(console: Console, ratios: Mapping[str, Ratio], *, num_rounds: int) -> None:
-    table = Table("ratio", "value", "95 % interval", "goal", "")
+def determinism_sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """How many prompts got other tokens in a batch than alone."""
+    lines = []
+    for row in rows:
+        first = row["first_difference"]
+        where = f"{first['p50']:.0f}" if row["num_differing"] else ""
+        cells = [row["shape"], "on" if row["is_deterministic"] else "off", str(row["num_prompts"])]
+        lines.append([*cells, f"{row['num_differing']}", where])
+    columns = ("shape", "deterministic", "prompts", "other tokens in a batch", "first difference at token, p50")
+    row = rows[0]
+    note = (
+        f"{row['dtype']}, {row['num_threads']} threads, {row['output_len']} tokens per prompt, greedy: alone against "
+        f"{row['batch']} at once. A cost is how many times as long the case takes with determinism."
+    )
+    return [Sheet(columns, lines, [note])]
+
+
+def memory_sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """What a long prompt takes beyond the model: its KV, and the working memory of one chunk."""
+    lines = [
+        [
+            *(row["shape"], f"{row['num_prompt_tokens']:,}", f"{row['tokens_per_s']:,.0f}"),
+            *(f"{row[name] / 1e6:,.0f}" for name in ("kv_bytes", "working_bytes", "working_bytes_max", "peak_bytes")),
+        ]
+        for row in rows
+    ]
+    columns = (
+        *("shape", "prompt tokens", "tokens/s", "its KV, MB", "working memory, MB, p50", "most"),
+        "peak RSS of the engine, MB",
+    )
+    row = rows[0]
+    note = (
+        f"{row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds, chunks of {row['chunk_tokens']} "
+        "tokens. Working memory: peak RSS, less RSS before the prompt and the KV pages that it touched first."
+    )
+    return [Sheet(columns, lines, [note])]
+
+
+def ratio_sheets(ratios: Mapping[str, Ratio]) -> list[Sheet]:
+    """What each ratio is, between what it lies with 95 %, and what that says about its goal."""
+    if not ratios:
+        return []
+    lines = []
     for name, ratio in ratios.items():
         goal = "" if ratio.goal is None else f"{'≤' if ratio.at_most else '≥'} {ratio.goal:g}"
-        table.add_row(name, f"{ratio.value:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}", goal, ratio.verdict)
-    console.print(table)
-    if num_rounds < MIN_ROUNDS:
-        console.print(f"Only {num_rounds} rounds: the intervals are too narrow. A claim needs {MIN_ROUNDS}.")
+        rounds = "" if ratio.num_rounds is None else str(ratio.num_rounds)
+        interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
+        lines.append([f"`{name}`", rounds, f"{ratio.value:.3f}", interval, goal, ratio.verdict])
+    fewest = min((r.num_rounds for r in ratios.values() if r.num_rounds is not None), default=MIN_ROUNDS)
+    notes = [f"A claim needs {MIN_ROUNDS} rounds; fewer give intervals that are too narrow."]
+    columns = ("ratio", "rounds", "value", "95 % interval", "goal", "verdict")
+    return [Sheet(columns, lines, notes if fewest < MIN_ROUNDS else [])]

@@ -76,15 +76,21 @@ SHAPES: Final = {
 
 
 def write_checkpoint(
-    shape: Shape, folder: Path, *, seed: int = 0, on_bytes: Callable[[int, int], None] = lambda *_: None
+    shape: Shape,
+    folder: Path,
+    *,
+    seed: int = 0,
+    max_positions: int = MAX_POSITIONS,
+    on_bytes: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Write config.json, model.safetensors (bfloat16) and a byte tokenizer. The same seed gives the same bytes.
 
     Args:
+        max_positions: tokens of the longest sequence.
         on_bytes: told of the bytes written so far and of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    folder.joinpath("config.json").write_text(json.dumps(_config(shape), indent=1))
+    folder.joinpath("config.json").write_text(json.dumps(_config(shape, max_positions), indent=1))
     folder.joinpath("tokenizer.json").write_text(json.dumps(_byte_tokenizer()))
     folder.joinpath("tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     tensors = dict(_tensors(shape))
@@ -129,7 +135,7 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
 
 
-def _config(shape: Shape) -> dict[str, Any]:
+def _config(shape: Shape, max_positions: int) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -140,7 +146,7 @@ def _config(shape: Shape) -> dict[str, Any]:
         "num_key_value_heads": shape.num_kv_heads,
         "intermediate_size": shape.intermediate,
         "vocab_size": shape.vocab,
-        "max_position_embeddings": MAX_POSITIONS,
+        "max_position_embeddings": max_positions,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,

@@ -1,4 +1,4 @@
-"""Speed of the engine process alone, beside what the machine can do, and beside vLLM where it is asked for.
+"""Speed of the engine process alone, beside what the machine can do, and beside the rivals that are asked for.
 
 Per shape all programs are up at once; in a round each case runs on each program, in alternating order, and the roofs
 are measured between them. So a ratio of one round has both sides from about the same seconds.
@@ -10,24 +10,23 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_cases import CASES, Case, Roof
+from benchmarks.engine_cases import CASES, MAX_NUM_BATCHED_TOKENS, Case, Roof
 from benchmarks.engine_program import ROOT, Program
+from benchmarks.engine_progress import RoundClock
+from benchmarks.engine_rivals import MakeRival, Say
 from benchmarks.engine_shapes import SHAPES, Shape, write_checkpoint
 from benchmarks.errors import TooFewCores
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 OURS = "celeriac"
 BANDWIDTH_GOAL = 0.75  # of decode at batch 1
-MAX_NUM_BATCHED_TOKENS = 4096  # of both engines: a prompt of 2048 or four of 512 are one step
-
-Say = Callable[[str], None]
-MakeRival = Callable[[Path, Sequence[int], str], Program]
+GOALS_ARE_VS = "vllm"
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class _Samples:
 
 
 def measure_speed(
-    spec: SpeedSpec, *, say: Say, make_rival: MakeRival | None = None
+    spec: SpeedSpec, *, say: Say, rivals: Sequence[MakeRival] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Ratio]]:
-    """A row per shape, case and program; ratios to the roof and, with `make_rival`, to that program.
+    """A row per shape, case and program; ratios to the roof and to each of `rivals`.
 
     Raises:
         BenchError: a program failed.
@@ -68,8 +67,7 @@ def measure_speed(
         with model_folder(shape, say) as model, ExitStack() as stack:
             say(f"{name}: starting programs")
             programs = [stack.enter_context(solo_program(model, spec.cpus, spec.dtype))]
-            if make_rival is not None:
-                programs.append(stack.enter_context(make_rival(model, spec.cpus, spec.dtype)))
+            programs += [stack.enter_context(make(model, spec.cpus, spec.dtype)) for make in rivals]
             rates = stack.enter_context(_rates_program(spec))
             samples, roofs = _run_rounds(spec, shape, programs, rates, say)
         for case in spec.chosen_cases():
@@ -125,25 +123,32 @@ def _run_rounds(
     cases = spec.chosen_cases()
     samples = {case.name: _Samples({program.name: [] for program in programs}, []) for case in cases}
     roofs: list[Roof] = []
+    clock = RoundClock(shape.name, num_rounds=spec.num_rounds, num_parts=len(cases))
     for k in range(-1, spec.num_rounds):  # round -1 is a warm-up: first uses of each shape cost more
         roof = _measure_roof(rates)
         for number, case in enumerate(cases):
-            is_turned = (k + number) % 2 == 1
+            order = turned(programs, k + number)
             speeds = {
                 program.name: case.measure(program.run, decode_tokens=spec.decode_tokens, seed=1000 * (k + 2) + number)
-                for program in (programs[::-1] if is_turned else programs)
+                for program in order
             }
             if k >= 0:
                 for name, speed in speeds.items():
                     samples[case.name].speeds[name].append(speed)
-                limit = case.roof_tokens_per_s(shape, roof, decode_tokens=spec.decode_tokens, dtype=spec.dtype)
-                samples[case.name].roofs.append(limit)
-            which = "warm-up" if k < 0 else f"round {k + 1} of {spec.num_rounds}"
+                work = case.work(shape, decode_tokens=spec.decode_tokens, dtype=spec.dtype)
+                samples[case.name].roofs.append(work.tokens_per_s(roof))
             figures = ", ".join(f"{name} {speed:.1f}" for name, speed in sorted(speeds.items()))
-            say(f"{shape.name}, {which}, {case.name}: {figures} tokens/s")
+            say(clock.line(k, number, f"{case.name}: {figures} tokens/s"))
         if k >= 0:
             roofs.append(roof)
     return samples, roofs
+
+
+def turned(programs: Sequence[Program], turn: int) -> list[Program]:
+    """Every program comes first, and every two of them in either order, as `turn` goes up."""
+    start = turn // 2 % len(programs)
+    order = [*programs[start:], *programs[:start]]
+    return order[::-1] if turn % 2 else order
 
 
 def _measure_roof(rates: Program) -> Roof:
@@ -154,8 +159,10 @@ def _measure_roof(rates: Program) -> Roof:
 def _rows(
     spec: SpeedSpec, shape: Shape, case: Case, samples: _Samples, roofs: Sequence[Roof]
 ) -> Iterator[dict[str, Any]]:
+    work = case.work(shape, decode_tokens=spec.decode_tokens, dtype=spec.dtype)
     for name, speeds in samples.speeds.items():
         good = [speed for speed in speeds if math.isfinite(speed)]
+        steps_per_s = percentile(good, 0.5) / work.num_tokens
         yield {
             "shape": shape.name,
             "case": case.name,
@@ -166,6 +173,10 @@ def _rows(
             "tokens_per_s": {"p10": percentile(good, 0.1), "p50": percentile(good, 0.5), "p90": percentile(good, 0.9)},
             "roof_tokens_per_s": percentile(samples.roofs, 0.5),
             "roof_share": paired_ratio(speeds, samples.roofs).value,
+            "step_bytes": work.num_bytes,
+            "step_flops": work.flops,
+            "achieved_gb_per_s": steps_per_s * work.num_bytes / 1e9,
+            "achieved_gflops": steps_per_s * work.flops / 1e9,
             "bandwidth_gb_per_s": percentile([roof.bytes_per_s / 1e9 for roof in roofs], 0.5),
             "gemm_gflops": percentile([roof.flops_per_s / 1e9 for roof in roofs], 0.5),
         }
@@ -177,5 +188,11 @@ def _ratios(shape: Shape, case: Case, samples: _Samples) -> dict[str, Ratio]:
     ratios = {f"{case.name}_{shape.name}_vs_roof": paired_ratio(ours, samples.roofs, goal=goal)}
     for name, speeds in samples.speeds.items():
         if name != OURS:
-            ratios[f"{case.name}_{shape.name}_vs_{name}"] = paired_ratio(ours, speeds, goal=case.goal)
+            rival_goal = case.goal if name == GOALS_ARE_VS else None
+            ratios[f"{case.name}_{shape.name}_vs_{_word(name)}"] = paired_ratio(ours, speeds, goal=rival_goal)
     return ratios
+
+
+def _word(name: str) -> str:
+    """`name` as a part of a ratio's name."""
+    return name.replace(".", "_")

@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks import engine_report, report
 from benchmarks.errors import ProgramFailed
 from benchmarks.machine import describe_machine
+from benchmarks.sheets import print_sheets
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,10 +53,10 @@ def kv(rounds: int, mib: int, as_json: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=OUTPUT_WIDTH)
-    engine_report.print_machine(console, machine)
-    console.print(f"load average before the start: {load_before:.1f}; {rounds} rounds of {mib} MiB")
+    print_sheets(console, [engine_report.machine_sheet(machine, load_before)])
+    console.print(f"{rounds} rounds of {mib} MiB")
     _print_rows(console, rows)
-    engine_report.print_ratios(console, ratios, num_rounds=rounds)
+    print_sheets(console, engine_report.ratio_sheets(ratios))
 
 
 def run_program(num_rounds: int, mib: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import click
 import msgspec
@@ -38,6 +39,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         min_concurrency: above 0, the number of live requests sweeps between it and `concurrency`, so that a step log
             has steps of every batch size between them.
         min_output_len: above 0, output lengths are uniform between it and `output_len`.
+        wants_ids: the result has `token_ids` too: a list for each request, in their order.
     """
 
     num_requests: int
@@ -47,6 +49,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     min_concurrency: int = 0
     min_output_len: int = 0
     seed: int = 0
+    wants_ids: bool = False
 
     def concurrency_at(self, num_steps: int) -> int:
         """Requests that may be live after `num_steps` steps.
@@ -73,6 +76,7 @@ class Feeder:
         self._num_live = 0
         self._num_steps = 0
         self._num_tokens = 0
+        self._ids: dict[str, list[int]] = {}
 
     def wait_ready(self) -> Ready:
         """Block until the weights are loaded.
@@ -87,8 +91,8 @@ class Feeder:
                     return message
         raise TimeoutError(f"the engine is not ready after {self._timeout_s} s")
 
-    def run(self, job: Job) -> dict[str, float]:
-        """Seconds from the first request to the last token, and the tokens.
+    def run(self, job: Job) -> dict[str, Any]:
+        """`seconds` from the first request to the last token, and `num_tokens`, all of them.
 
         Raises:
             TimeoutError: the engine did not finish in time.
@@ -96,6 +100,7 @@ class Feeder:
         """
         adds = list(self._adds(job))[::-1]
         self._num_steps = self._num_tokens = 0
+        self._ids = {add.rid: [] for add in reversed(adds)}
         started_s, lease_s = time.monotonic(), 0.0
         while adds or self._num_live:
             now = time.monotonic()
@@ -111,7 +116,8 @@ class Feeder:
                 self._child.sock.sendall(b"".join(map(frame, batch)))
                 self._num_live += len(batch)
             self._read(LEASE_EVERY_S)
-        return {"seconds": time.monotonic() - started_s, "num_tokens": self._num_tokens}
+        result = {"seconds": time.monotonic() - started_s, "num_tokens": self._num_tokens}
+        return {**result, "token_ids": list(self._ids.values())} if job.wants_ids else result
 
     def _adds(self, job: Job) -> Iterator[Add]:
         rng = random.Random(job.seed)
@@ -141,6 +147,8 @@ class Feeder:
                 self._num_steps += 1
                 self._num_tokens += sum(len(out.token_ids) for out in message.outs)
                 self._num_live -= sum(bool(out.finish) for out in message.outs)
+                for out in message.outs:
+                    self._ids[out.rid] += out.token_ids
         return messages
 
 

@@ -60,8 +60,10 @@ def test_one_sequence_is_bound_by_memory_and_a_long_prompt_by_arithmetic() -> No
     shape, cases = SHAPES["135m"], {case.name: case for case in CASES}
     slow_memory, slow_arithmetic = Roof(1e9, 1e15), Roof(1e15, 1e9)
 
-    decode = cases["decode_b1"].roof_tokens_per_s(shape, slow_memory, decode_tokens=32, dtype="bfloat16")
-    prefill = cases["prefill_1x2048"].roof_tokens_per_s(shape, slow_arithmetic, decode_tokens=32, dtype="bfloat16")
+    decode, prefill = (
+        cases[name].work(shape, decode_tokens=32, dtype="bfloat16").tokens_per_s(roof)
+        for name, roof in (("decode_b1", slow_memory), ("prefill_1x2048", slow_arithmetic))
+    )
 
     assert 1e9 / decode == pytest.approx(2 * 134.5e6, rel=0.02), "two bytes for each of 135M weights, and some KV"
     assert 1e9 / prefill == pytest.approx(2 * 106.2e6 + 4 * 576 * 30 * 1024.5, rel=0.02), "no head but for the last"
