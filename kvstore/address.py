@@ -13,6 +13,7 @@ class KVAddress(msgspec.Struct, frozen=True, kw_only=True):
         host_id: equal on two workers only if they can share memory (boot id, uid and mount namespace).
         unix_path: control socket for `shm`, or "" where it is off.
         tcp_host, tcp_port: listener for `tcp`; port 0 where it is off.
+        rdma_port, rdma_version: listener for the control frames of `rdma`, on `tcp_host`; what moves its pages.
         compat: hash over everything two workers must agree on (weights, dtype, layout, block size, tokenizer).
     """
 
@@ -21,4 +22,6 @@ class KVAddress(msgspec.Struct, frozen=True, kw_only=True):
     unix_path: str = ""
     tcp_host: str = ""
     tcp_port: int = 0
+    rdma_port: int = 0
+    rdma_version: str = ""
     compat: str = ""

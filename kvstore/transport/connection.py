@@ -17,7 +17,15 @@ from enum import Enum, auto
 from typing import Protocol
 
 from kvstore.transport.errors import BadFrame
-from kvstore.transport.frames import DATA_HEADER, HEADER, DataHeader, FrameType, parse_data_header, parse_header
+from kvstore.transport.frames import (
+    DATA_HEADER,
+    HEADER,
+    MAX_LENGTH,
+    DataHeader,
+    FrameType,
+    parse_data_header,
+    parse_header,
+)
 
 MAX_IOV = 512  # the kernel takes 1,024
 READ_BUDGET_BYTES = 8 << 20  # per call, so that one busy link does not starve the others
@@ -227,7 +235,8 @@ class Connection:
         incoming = self._in
         if self._stage is _Stage.HEADER:
             incoming.kind, incoming.length = parse_header(incoming.raw)
-            if self.is_greeting and (incoming.length > 4096 or incoming.kind is FrameType.DATA):
+            limit = MAX_LENGTH[FrameType.WELCOME if incoming.kind is FrameType.WELCOME else FrameType.HELLO]
+            if self.is_greeting and (incoming.length > limit or incoming.kind is FrameType.DATA):
                 raise BadFrame(
                     reason="state", detail=f"{incoming.kind.name} of {incoming.length} bytes in the handshake"
                 )

@@ -3,7 +3,8 @@
     TransportError(retryable)
     ├── BadFrame           a peer sent what the protocol does not allow: that connection is closed, counted by `reason`
     ├── HandshakeRefused   a peer does not fit or does not know the secret: typed, told to the other side
-    └── RegionError        the KV region cannot be made, or a peer's region is not what it said
+    ├── RegionError        the KV region cannot be made, or a peer's region is not what it said
+    └── RdmaError          NIXL cannot be used here or with this peer, or a write of it failed
 
 None of them reaches a request: the node turns them into `GrantRefused` and `PushFailed` events.
 """
@@ -48,3 +49,12 @@ class RegionError(TransportError):
         super().__init__(f"KV region: {what}. Expected {expected}; lower `kv.memory_bytes`, or restart the peer.")
         self.what = what
         self.expected = expected
+
+
+class RdmaError(TransportError):
+    """`reason` is no_rdma (not here, or not with this peer), or begins with channel_lost (a write failed)."""
+
+    def __init__(self, *, reason: str, detail: str) -> None:
+        super().__init__(f"KV over rdma ({reason}): {detail}. With `transfer.protocol: auto` tcp is used instead.")
+        self.reason = reason
+        self.detail = detail

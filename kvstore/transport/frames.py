@@ -30,7 +30,7 @@ class FrameType(IntEnum):
     HELLO = 1  # writer -> receiver: who I am, whom I want
     CHALLENGE = 2  # <- proof that the receiver knows the secret
     PROOF = 3  # -> proof that the writer does
-    WELCOME = 4  # <- shape of the region; with shm also its memfd
+    WELCOME = 4  # <- shape of the region; with shm also its memfd, with rdma its address and keys
     REJECT = 5  # <- typed end
     HEARTBEAT = 6  # both ways
     RENEW = 7  # -> these transfers are still wanted
@@ -83,6 +83,8 @@ class Welcome(Body, frozen=True, array_like=True):
     num_layers: Count
     layer_bytes: Count
     layout: KVLayout | None = None
+    address: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0  # rdma: of the region, in the receiver's process
+    rdma_metadata: Annotated[bytes, msgspec.Meta(max_length=60 << 10)] = b""
 
 
 class Reject(Body, frozen=True, array_like=True):
@@ -150,6 +152,7 @@ _SMALL, _LARGE = 4 << 10, 16 << 20
 MAX_LENGTH: Final[dict[FrameType, int]] = {
     **dict.fromkeys(FrameType, _SMALL),
     FrameType.HEARTBEAT: 0,
+    FrameType.WELCOME: 64 << 10,
     FrameType.RENEW: 512 << 10,
     FrameType.GRANT: 8 << 20,
     FrameType.COMMIT: _LARGE,  # carries the prompt's ids

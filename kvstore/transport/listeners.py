@@ -1,4 +1,4 @@
-"""Where writers knock: a unix socket for peers of this host and user, a tcp port for all others."""
+"""Where writers knock: a unix socket for peers of this host and user, a tcp port for others, one more for rdma."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class UnixListener:
 class TcpListener:
     """A Handler of the loop."""
 
-    def __init__(self, accept: Accept, clock: Clock, *, bind: str) -> None:
-        self._accept, self._clock = accept, clock
+    def __init__(self, accept: Accept, clock: Clock, *, bind: str, protocol: str = "tcp") -> None:
+        self._accept, self._clock, self._protocol = accept, clock, protocol
         self._sock = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TCP_BUFFER_BYTES)  # inherited by what it accepts
@@ -76,7 +76,7 @@ class TcpListener:
 
     def on_readable(self, now_s: float) -> None:
         for sock in _accepted(self._sock):
-            self._accept(Connection(sock, "tcp", now_s))
+            self._accept(Connection(sock, self._protocol, now_s))
 
     def on_writable(self, now_s: float) -> None:  # noqa: ARG002  (a Handler's method; a listener never writes)
         return None

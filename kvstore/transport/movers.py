@@ -1,7 +1,7 @@
 """How page runs get from our region into granted pages of a peer. Chosen once per link, at its handshake.
 
 `shm` copies into the peer's own mapping: one copy, no staging. `tcp` sends from our pages; the peer receives into its.
-Both work in slices, so that the `kv` thread serves other links in between.
+`rdma` writes one-sided, see `rdma_mover`. All work in slices, so that the `kv` thread serves other links in between.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ class Mover(Protocol):
         """Move layers [lo, hi) of these blocks; yields the bytes of each slice."""
         ...
 
+    def finish(self, transfer: Transfer) -> Iterator[None]:
+        """Goes on when COMMIT may be sent behind what was moved."""
+        ...
+
+    def is_landing(self, xfer: str) -> bool:
+        """True while something of it may still be written into the peer's pages, whatever frames are sent."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is moved after this."""
+        ...
+
 
 class ConvertingMover(Mover, Protocol):
     """Of a link whose receiver keeps KV in another layout. Its blocks are the receiver's."""
@@ -47,7 +59,20 @@ class ConvertingMover(Mover, Protocol):
         ...
 
 
-class ShmMover:
+class _InOrder:
+    """What a mover need not do whose pages have landed, or travel in front of the next frame."""
+
+    def finish(self, transfer: Transfer) -> Iterator[None]:  # noqa: ARG002  (a Mover's method)
+        return iter(())
+
+    def is_landing(self, xfer: str) -> bool:  # noqa: ARG002  (a Mover's method)
+        return False
+
+    def close(self) -> None:
+        return None
+
+
+class ShmMover(_InOrder):
     """memmove between two mappings. ctypes releases the GIL for the time of each call."""
 
     def __init__(self, own: KVRegion, peer: KVRegion) -> None:
@@ -76,7 +101,7 @@ class ShmMover:
         yield moved
 
 
-class TcpMover:
+class TcpMover(_InOrder):
     """DATA frames of up to 1 MiB of neighbouring places, gathered from pages by the kernel."""
 
     def __init__(self, own: KVRegion, connection: Connection) -> None:

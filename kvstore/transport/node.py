@@ -10,6 +10,7 @@ with grants that nobody keeps.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -21,16 +22,19 @@ from kvstore.clock import Clock, now_s
 from kvstore.link_report import LinkReport
 from kvstore.overdue import OverdueWriter
 from kvstore.reshard.layout import KVLayout
-from kvstore.transport.errors import TransportError
+from kvstore.transport.errors import RdmaError, TransportError
 from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event, ReserveRequested
 from kvstore.transport.listeners import TcpListener, UnixListener
 from kvstore.transport.loop import Loop
+from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.receiver import ReceiverSide
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import NodeContext, Times, host_id
 from kvstore.transport.transfers import Transfer
 from kvstore.transport.writer import WriterSide
+
+logger = logging.getLogger(__name__)
 
 MAX_ID_CHARS = 256
 MAX_STATE_BYTES = 15 << 20
@@ -47,9 +51,9 @@ class KVNode:
         compat: names all that must be equal at two workers; another one is refused at the handshake.
         layout: how the blocks of `region` lie in it. With a peer of another layout blocks are converted, or the link is
             refused by name; None: only peers whose layers have as many bytes.
-        protocols: allowed ones of `shm` and `tcp`; per pair the first that works.
+        protocols: allowed ones of `shm`, `rdma` and `tcp`; per pair the first of them, in this order, that works.
         run_dir: where the unix socket goes.
-        bind: address of the tcp listener.
+        bind: address of the tcp listeners (that of rdma carries its control frames).
         advertise: host that peers dial instead of `bind`, such as this one's address where `bind` is 0.0.0.0.
         link_gbps: what the network between hosts should do, until transfers have shown it; 0 takes the table's.
     """
@@ -73,9 +77,10 @@ class KVNode:
     ) -> None:
         if not secret:
             raise ValueError("the cluster secret is empty; set one (`secret`), the same for all workers")
-        unknown = set(protocols) - {"shm", "tcp"}
+        unknown = set(protocols) - {"shm", "rdma", "tcp"}
         if unknown or not protocols:
-            raise ValueError(f"transfer protocols {list(protocols)}: expected shm, tcp or both (`transfer.protocol`)")
+            raise ValueError(f"transfer protocols {list(protocols)}: expected some of shm, rdma, tcp")
+        rdma = _rdma_node(region, is_needed=len(protocols) == 1) if "rdma" in protocols else None
         if layout is not None and (layout.num_layers, layout.layer_bytes) != (region.num_layers, region.layer_bytes):
             shape = f"{region.num_layers} layers of {region.layer_bytes} bytes"
             raise ValueError(f"{layout} is not the layout of a region of {shape}")
@@ -95,6 +100,7 @@ class KVNode:
             times=times or Times(),
             layout=layout,
             host_id=own_host_id,
+            rdma=rdma,
             links=LinkEstimates(own_host_id=own_host_id, gbps=link_gbps),
         )
         self._run_dir = run_dir
@@ -114,7 +120,7 @@ class KVNode:
         Raises:
             OSError: a listener cannot be bound, or the advertised host has no address.
         """
-        unix_path, tcp_port, context = "", 0, self._context
+        unix_path, tcp_port, rdma_port, context = "", 0, 0, self._context
         if "shm" in context.protocols:
             unix = UnixListener(self._receiver.accept, context.clock, run_dir=self._run_dir, name=context.incarnation)
             self._listeners.append(unix)
@@ -123,6 +129,11 @@ class KVNode:
             tcp = TcpListener(self._receiver.accept, context.clock, bind=self._bind)
             self._listeners.append(tcp)
             tcp_port = tcp.port
+        if context.rdma is not None:
+            control = TcpListener(self._receiver.accept, context.clock, bind=self._bind, protocol="rdma")
+            self._listeners.append(control)
+            rdma_port = control.port
+            self._loop.add(context.rdma.pacer)
         for listener in self._listeners:
             self._loop.add(listener)
         self._thread.start()
@@ -130,8 +141,10 @@ class KVNode:
             incarnation=context.incarnation,
             host_id=context.host_id,
             unix_path=unix_path,
-            tcp_host=_numeric(self._advertise) if tcp_port else "",
+            tcp_host=_numeric(self._advertise) if tcp_port or rdma_port else "",
             tcp_port=tcp_port,
+            rdma_port=rdma_port,
+            rdma_version=context.rdma.version if context.rdma is not None else "",
             compat=context.compat,
         )
 
@@ -145,6 +158,8 @@ class KVNode:
         if not self._thread.is_alive():
             # Not in the kv thread: `post` must never write to a descriptor that has a new meaning.
             self._loop.close()
+            if self._context.rdma is not None:
+                self._context.rdma.close()
             os.close(self.wake_fd)
             self.wake_fd = -1
 
@@ -237,7 +252,8 @@ class KVNode:
         return self._receiver.overdue
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_tcp; of transfers that were handed over:
+        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_rdma, links_tcp, rdma_fallbacks (pairs
+        that use tcp instead), rdma_failures (links that a failed write has ended); of transfers that were handed over:
         link_transfers, link_predicted_s, link_measured_s, link_error_s (sum of the differences).
         """
         return {**self._context.counters, **self._context.links.totals}
@@ -298,6 +314,17 @@ class KVNode:
     def _tick(self, now_s: float) -> bool:
         is_writing, is_receiving = self._writer.tick(now_s), self._receiver.tick(now_s)
         return is_writing or is_receiving
+
+
+def _rdma_node(region: KVRegion, *, is_needed: bool) -> RdmaNode | None:
+    """None where it cannot be used and something else can: one line says why."""
+    try:
+        return RdmaNode(region)
+    except RdmaError as error:
+        if is_needed:
+            raise
+        logger.warning("%s", error)
+        return None
 
 
 def _numeric(host: str) -> str:

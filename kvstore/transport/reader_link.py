@@ -1,7 +1,8 @@
 """One connection from a writer elsewhere to this receiver: greet, then frames, then an end that proves something.
 
 GREETING ──PROOF right──▶ OPEN ──EOF──▶ closed: nothing of this writer can land any more
-                           └─ bad frame: tcp is closed at once (only we write our memory);
+                           └─ bad frame: tcp and rdma are closed at once (only we write our memory, or the queue
+                              pair is destroyed with our agent, before anybody hears of the close);
                               shm goes to DRAINING: the writer still has our pages mapped, so what it holds stays
                               quarantined until it closes its end or exits (EOF of a socket that only it holds)
 """
@@ -12,11 +13,14 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
 
+import msgspec
+
 from kvstore.transport.connection import Connection
-from kvstore.transport.errors import BadFrame, HandshakeRefused
+from kvstore.transport.errors import BadFrame, HandshakeRefused, RdmaError
 from kvstore.transport.frames import DataHeader, FrameType, Hello, Proof, Reject, Welcome, frame, parse_body
 from kvstore.transport.handshake import ReceiverHandshake
 from kvstore.transport.pages import PeerPages, pages_of
+from kvstore.transport.rdma_agent import RdmaAgent
 from kvstore.transport.settings import NodeContext
 
 REJECT_DELAY_S = 0.2  # before the answer to a wrong proof: guessing is slow, and right or wrong take the same time
@@ -58,6 +62,10 @@ class ReaderLink:
         self._reject_at_s = 0.0
         self._reject: HandshakeRefused | None = None
         self._is_silent = False
+        self._agent: RdmaAgent | None = None
+        # Then our close proves nothing: the writer can go on by itself.
+        is_proof = context.rdma is not None and context.rdma.is_proof
+        self._is_written_by_peer = self.protocol == "shm" or (self.protocol == "rdma" and not is_proof)
         self._handshake = ReceiverHandshake(
             secrets=context.secrets(),
             incarnation=context.incarnation,
@@ -94,6 +102,8 @@ class ReaderLink:
             self.fail(error)
         except HandshakeRefused as error:
             self._refuse(error, now_s)
+        except RdmaError as error:
+            self._refuse(HandshakeRefused(reason=error.reason, detail=error.detail), now_s)
         except (EOFError, OSError):
             self.close()
 
@@ -119,8 +129,19 @@ class ReaderLink:
         self.peer, self.phase = peer, ReaderPhase.OPEN
         self.pages = pages_of(region, self._handshake.conversion)
         shape = Welcome(region.num_blocks, region.num_layers, region.layer_bytes, self._context.layout)
+        if self.protocol == "rdma":
+            shape = self._with_agent(shape)
         self._connection.send(frame(FrameType.WELCOME, shape), fds=(region.fd,) if self.protocol == "shm" else ())
         self._connection.is_greeting = False
+
+    def _with_agent(self, shape: Welcome) -> Welcome:
+        """Raises RdmaError: no_rdma, the region cannot be registered, or the peer has another layout."""
+        rdma, region = self._context.rdma, self._context.region
+        assert rdma is not None  # its listener was made
+        if self.is_converted:
+            raise RdmaError(reason="no_rdma", detail="pages of another layout are converted over shm and tcp only")
+        self._agent = rdma.make_agent(self._context.incarnation)
+        return msgspec.structs.replace(shape, address=region.address, rdma_metadata=self._agent.metadata)
 
     # ---------------------------------------------------------------- use
     @property
@@ -153,7 +174,7 @@ class ReaderLink:
             if now_s - self._last_beat_s >= times.heartbeat_s:
                 self._last_beat_s = now_s
                 self.send(frame(FrameType.HEARTBEAT))
-            if self.protocol == "tcp" and silent_s >= times.tcp_silence_s:
+            if not self._is_written_by_peer and silent_s >= times.tcp_silence_s:
                 self.close()  # we write no more of what may come: that is proof, silence is not
                 return
             is_silent = silent_s >= times.silence_s
@@ -166,7 +187,7 @@ class ReaderLink:
         self._context.reject(error.reason, error, peer=self.peer)
         if error.reason == "version" and self.phase is ReaderPhase.GREETING:
             self._refuse(HandshakeRefused(reason="version", detail=error.detail), self._context.clock(), count=False)
-        elif self.protocol == "shm" and self.phase is ReaderPhase.OPEN:
+        elif self._is_written_by_peer and self.phase is ReaderPhase.OPEN:
             self.phase = ReaderPhase.DRAINING
             self._connection.end_output()
             self._owner.on_unreachable(self)
@@ -179,6 +200,8 @@ class ReaderLink:
             return
         self.phase = ReaderPhase.CLOSED
         self.unwatch(self)
+        if self._agent is not None:
+            self._agent.destroy()  # first: what is still on its way must not land in pages that are free
         self._connection.close()
         self._owner.on_closed(self)
 

@@ -163,7 +163,7 @@ class ReceiverSide:
         self._perform(self.table.on_unreachable(link.serial, self._context.clock()))
 
     def on_closed(self, link: ReaderLink) -> None:
-        """For tcp we closed the socket; for shm the writer's process closed its end or is gone: proof for both."""
+        """We closed the socket (tcp) or destroyed our agent (rdma), or the writer closed its end or is gone: proof."""
         self._links.pop(link.serial, None)
         self._perform(self.table.on_channel_dead(link.serial))
 

@@ -14,6 +14,7 @@ from kvstore.clock import Clock
 from kvstore.reshard.layout import KVLayout
 from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event
+from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.region import KVRegion
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class NodeContext:
     times: Times = field(default_factory=Times)
     layout: KVLayout | None = None
     host_id: str = ""
+    rdma: RdmaNode | None = None  # where `protocols` has it
     links: LinkEstimates = field(default_factory=lambda: LinkEstimates(own_host_id=""))
     counters: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)

@@ -10,6 +10,7 @@ as for one closed for good: GRANT by ABORT, FENCE by FENCED.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from kvstore.address import KVAddress
 from kvstore.transport.checksum import TransferChecksum
@@ -36,6 +37,16 @@ from kvstore.transport.writer_link import LinkPhase, WriterLink
 MAX_RENEW_XFERS = 1024
 
 
+@dataclass(slots=True, eq=False)
+class _Closing:
+    """A closed transfer of which something is under way: the receiver hears `reply`, then the engine `told`."""
+
+    link: WriterLink
+    xfer: str
+    told: Event
+    reply: bytes = b""
+
+
 class WriterSide:
     """Owned by the `kv` thread."""
 
@@ -46,7 +57,7 @@ class WriterSide:
         self._links: dict[str, WriterLink] = {}  # by the receiver's incarnation
         self._link_of: dict[str, WriterLink] = {}  # by transfer
         self._backoffs: dict[str, tuple[float, float]] = {}  # receiver -> (until, length)
-        self._closing: list[tuple[WriterLink, str, Event]] = []  # told when the last DATA frame is out
+        self._closing: list[_Closing] = []
         self._next_renew_s = 0.0
 
     # ---------------------------------------------------------------- commands of the engine
@@ -85,9 +96,9 @@ class WriterSide:
         link = self._link_of.get(xfer)
         if link is None:
             # Closed already; but its last frame may still be on its way out.
-            for index, (closing, other, _) in enumerate(self._closing):
-                if other == xfer:
-                    self._closing[index] = (closing, xfer, SourceFree(xfer))
+            for closing in self._closing:
+                if closing.xfer == xfer:
+                    closing.told = SourceFree(xfer)
                     return
             self._context.emit(SourceFree(xfer))
             return
@@ -201,7 +212,7 @@ class WriterSide:
         if transfer is not None:
             transfer.grant_id = transfer.grant_id or fence.grant_id
             self._close(link, transfer, XferEvent.FENCE, "fenced", FrameType.FENCED)
-        else:
+        elif not link.is_landing(fence.xfer):  # then the reply of its close is still to come
             link.send(frame(FrameType.FENCED, fence))  # in order behind whatever of it is half sent
 
     def _push_job(self, link: WriterLink, transfer: Transfer, pairs: Pairs, lo: int, hi: int) -> Iterator[None]:
@@ -231,6 +242,8 @@ class WriterSide:
             else:
                 yield from checksum.update_views(converter.arriving(src_blocks, num_tokens), SLICE_BYTES)
             value = checksum.value()
+        assert link.mover is not None
+        yield from link.mover.finish(t)
         body = Commit(
             t.xfer,
             t.grant_id,
@@ -268,21 +281,24 @@ class WriterSide:
     def _close(
         self, link: WriterLink, transfer: Transfer, event: XferEvent, reason: str, reply: FrameType | None = None
     ) -> None:
-        """The end of a transfer: no more reads of its source, the reply behind its last frame, then the event."""
+        """The end of a transfer: no more reads of its source, the reply behind its last write, then the event."""
         told = outcome(transfer, event, reason, link.fault_detail)
         transfer.state = advance(transfer.state, event)
         del link.transfers[transfer.xfer], self._link_of[transfer.xfer]
         link.drop_jobs(transfer)
-        self._closing.append((link, transfer.xfer, told))
-        if reply is not None:
-            link.send(frame(reply, FenceBody(transfer.xfer, transfer.grant_id or "-")))
+        answer = b"" if reply is None else frame(reply, FenceBody(transfer.xfer, transfer.grant_id or "-"))
+        self._closing.append(_Closing(link, transfer.xfer, told, answer))
         self._tell_closed()
 
     def _tell_closed(self) -> None:
+        for closing in list(self._closing):
+            if closing.reply and not closing.link.is_landing(closing.xfer):
+                reply, closing.reply = closing.reply, b""
+                closing.link.send(reply)
         waiting = []
-        for link, xfer, event in self._closing:
-            if link.is_sending(xfer):
-                waiting.append((link, xfer, event))
+        for closing in self._closing:
+            if closing.link.is_sending(closing.xfer):
+                waiting.append(closing)
             else:
-                self._context.emit(event)
+                self._context.emit(closing.told)
         self._closing = waiting

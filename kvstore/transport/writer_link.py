@@ -1,10 +1,11 @@
 """One connection from this writer to one receiver: dial, greet, then frames both ways and jobs in order.
 
     DIALLING ──connected──▶ GREETING ──WELCOME──▶ OPEN          any ──error, REJECT, silence──▶ closed for good
-       └─ next candidate (shm, then tcp)
+       └─ next candidate (shm, then rdma, then tcp)
 
 Closing it ends everything that this side could still write: there is one `kv` thread, and no copy is under way when it
-closes a link. That is why a writer may close whenever it doubts, and the receiver may take EOF as proof.
+closes a link; writes by rdma that are under way end with the agents, ours here and the receiver's at its EOF. That is
+why a writer may close whenever it doubts, and the receiver may take EOF as proof.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Protocol
 from kvstore.address import KVAddress
 from kvstore.reshard.plan import Conversion
 from kvstore.transport.connection import Connection
-from kvstore.transport.errors import BadFrame, HandshakeRefused, TransportError
+from kvstore.transport.errors import BadFrame, HandshakeRefused, RdmaError, TransportError
 from kvstore.transport.frames import Challenge, DataHeader, FrameType, Reject, Welcome, frame, parse_body
 from kvstore.transport.handshake import WriterHandshake, conversion_of
 from kvstore.transport.movers import ConvertingMover, Mover, ShmMover, TcpMover
+from kvstore.transport.rdma_mover import RdmaMover
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import NodeContext
 from kvstore.transport.transfers import Transfer
@@ -62,7 +64,7 @@ class WriterLink:
         self.started_s = context.clock()
         self._context = context
         self._owner = owner
-        self._candidates = _candidates(context, target)
+        self._candidates, self._no_way = _candidates(context, target)
         self._connection: Connection | None = None
         self._handshake: WriterHandshake | None = None
         self._peer_region: KVRegion | None = None
@@ -87,7 +89,7 @@ class WriterLink:
             if code == 0:
                 self._greet(self._connection)
             return
-        self.close("unreachable")
+        self.close(self._no_way or "unreachable")
 
     def _greet(self, connection: Connection) -> bool:
         context = self._context
@@ -143,6 +145,9 @@ class WriterLink:
                     return
         except TransportError as error:
             reason = getattr(error, "reason", "region")
+            if reason == "no_rdma" and self._candidates:
+                self._fall_back(error)
+                return
             self._context.reject(reason, error, peer=self.target.incarnation)
             self.fault_detail = getattr(error, "detail", "")
             self.close(reason)
@@ -194,7 +199,9 @@ class WriterLink:
                 raise BadFrame(reason="state", detail=f"WELCOME with {len(connection.fds)} descriptors")
             shape = {name: getattr(welcome, name) for name in ("num_blocks", "num_layers", "layer_bytes")}
             self._peer_region = KVRegion.attach(connection.fds.pop(), **shape)
-        if conversion is None or conversion.is_plain:
+        if connection.protocol == "rdma":
+            self.mover = self._rdma_mover(welcome, is_plain=conversion is None or conversion.is_plain)
+        elif conversion is None or conversion.is_plain:
             peer = self._peer_region
             self.mover = TcpMover(region, connection) if peer is None else ShmMover(region, peer)
         else:
@@ -203,6 +210,34 @@ class WriterLink:
         self.num_peer_blocks = welcome.num_blocks
         self.phase = LinkPhase.OPEN
         self._owner.on_open(self)
+
+    def _rdma_mover(self, welcome: Welcome, *, is_plain: bool) -> RdmaMover:
+        """Raises RdmaError: no_rdma, the peer's metadata cannot be used, or it has another layout."""
+        context = self._context
+        assert context.rdma is not None  # or it were no candidate
+        if not is_plain:
+            raise RdmaError(reason="no_rdma", detail="pages of another layout are converted over shm and tcp only")
+        agent = context.rdma.make_agent(context.incarnation)
+        try:
+            agent.connect(welcome.rdma_metadata)
+        except RdmaError:
+            agent.destroy()
+            raise
+        return RdmaMover(
+            agent,
+            context.region,
+            peer_address=welcome.address,
+            pacer=context.rdma.pacer,
+            clock=context.clock,
+            stall_s=context.times.silence_s,
+        )
+
+    def _fall_back(self, error: TransportError) -> None:
+        assert self._context.rdma is not None
+        self._context.counters["rdma_fallbacks"] += 1
+        self._context.rdma.failed(self.target.incarnation, error, is_final=True)
+        self._drop_connection()
+        self.dial()
 
     # ---------------------------------------------------------------- use
     def num_dst_blocks(self, transfer: Transfer) -> int:
@@ -222,7 +257,11 @@ class WriterLink:
             self.close(error.reason)
 
     def is_sending(self, xfer: str) -> bool:
-        return self._connection is not None and self._connection.is_sending(xfer)
+        return self.is_landing(xfer) or (self._connection is not None and self._connection.is_sending(xfer))
+
+    def is_landing(self, xfer: str) -> bool:
+        """Whether it is too early to tell the receiver that a transfer is closed, even behind all frames."""
+        return self.mover is not None and self.mover.is_landing(xfer)
 
     def drop_jobs(self, transfer: Transfer) -> None:
         """Nothing more of this transfer is started. A DATA frame that is half sent is finished (`is_sending`)."""
@@ -232,19 +271,24 @@ class WriterLink:
 
     def work(self) -> bool:
         """One slice of the first job. True if there is more to do now."""
-        if not self.jobs or self.mover is None or not self.mover.is_ready():
-            return False
-        transfer, job = self.jobs[0]
-        start_s = self._context.clock()
         try:
+            if self.mover is None or not self.mover.is_ready() or not self.jobs:
+                return False
+            transfer, job = self.jobs[0]
+            start_s = self._context.clock()
             is_done = next(job, StopIteration) is StopIteration
+            if is_done and self.jobs and self.jobs[0][1] is job:
+                self.jobs.popleft()
+            transfer.busy_s += self._context.clock() - start_s
+            return bool(self.jobs) and self.mover is not None and self.mover.is_ready()
         except BadFrame as error:
             self.close(error.reason)
-            return False
-        if is_done and self.jobs and self.jobs[0][1] is job:
-            self.jobs.popleft()
-        transfer.busy_s += self._context.clock() - start_s
-        return bool(self.jobs) and self.mover is not None and self.mover.is_ready()
+        except RdmaError as error:
+            assert self._context.rdma is not None
+            self._context.rdma.failed(self.target.incarnation, error, is_final=False)
+            self._context.counters["rdma_failures"] += 1
+            self.close(error.reason)
+        return False
 
     def tick(self, now_s: float) -> None:
         """Heartbeats; close a link that does not come up, or has gone silent."""
@@ -267,6 +311,8 @@ class WriterLink:
             return
         self.phase = LinkPhase.CLOSED
         self.jobs.clear()
+        if self.mover is not None:
+            self.mover.close()
         self.mover = self.converter = None  # they see the peer's pages
         self._drop_connection()
         if self._peer_region is not None:
@@ -291,12 +337,23 @@ def _converter(own: KVRegion, peer: KVRegion | None, connection: Connection, con
 
 def _candidates(
     context: NodeContext, target: KVAddress
-) -> list[tuple[str, socket.AddressFamily, str | tuple[str, int]]]:
-    """Ways to the target, best first."""
+) -> tuple[list[tuple[str, socket.AddressFamily, str | tuple[str, int]]], str]:
+    """Ways to the target, best first; and why there is none, where that has a name."""
+    no_way = ""
+    family = socket.AF_INET6 if ":" in target.tcp_host else socket.AF_INET
     found: list[tuple[str, socket.AddressFamily, str | tuple[str, int]]] = []
     if "shm" in context.protocols and target.unix_path and target.host_id == context.host_id:
         found.append(("shm", socket.AF_UNIX, target.unix_path))
-    if "tcp" in context.protocols and target.tcp_port:
-        family = socket.AF_INET6 if ":" in target.tcp_host else socket.AF_INET
+    is_tcp = "tcp" in context.protocols and bool(target.tcp_port)
+    if context.rdma is not None:
+        misfit = context.rdma.misfit(target.incarnation, target.rdma_version, can_be_avoided=is_tcp)
+        if not misfit:
+            found.append(("rdma", family, (target.tcp_host, target.rdma_port)))
+        elif not is_tcp:
+            no_way = f"no_rdma: {misfit}"
+        elif not found:
+            context.rdma.failed(target.incarnation, misfit, is_final=True)
+            context.counters["rdma_fallbacks"] += 1
+    if is_tcp:
         found.append(("tcp", family, (target.tcp_host, target.tcp_port)))
-    return found
+    return found, no_way

@@ -22,13 +22,13 @@ from kvstore.transport import (
     SourceFree,
     Times,
 )
-from tests.contract.transport_helpers import End, fill, granted
+from tests.contract.transport_helpers import PROTOCOLS, End, fill, granted
 from tests.contract.transport_peer import NUM_BLOCKS, NUM_LAYERS
 
 MakeEnd = Callable[..., End]
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=PROTOCOLS)
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

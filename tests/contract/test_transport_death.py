@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvstore.transport import Arrived, BlocksFree, GrantReceived, PushFailed, ReserveRequested
-from tests.contract.transport_helpers import Child, End
+from tests.contract.transport_helpers import PROTOCOLS, Child, End
 from tests.contract.transport_peer import NUM_LAYERS
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=PROTOCOLS)
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

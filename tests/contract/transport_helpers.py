@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import pytest
 
 from kvstore.address import KVAddress
 from kvstore.reshard import KVLayout
 from kvstore.transport import Event, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
+from kvstore.transport.rdma import nixl_version
 from tests.contract.transport_peer import COMPAT, LAYER_BYTES, NUM_BLOCKS, NUM_LAYERS, SECRET
 
 ROOT = Path(__file__).parents[2]
+needs_nixl = pytest.mark.skipif(not nixl_version(), reason="nixl-cu12 is not installed (extra rdma)")
+PROTOCOLS = ("shm", "tcp", pytest.param("rdma", marks=needs_nixl))
 E = TypeVar("E", bound=Event)
 
 
