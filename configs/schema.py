@@ -36,7 +36,7 @@ class ModelSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The KV region of each worker. Prefill and decode workers must agree on `block_size`."""
+    """The KV region of each worker. A prefill and a decode worker may differ in `block_size`: KV is converted."""
 
     block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens per block, a power of two.")] = 32
     num_blocks: Annotated[int, Meta(ge=0, description="Blocks per worker. 0: as many as `memory_bytes` holds.")] = 0
@@ -124,6 +124,10 @@ class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     checksum: Annotated[bool, Meta(description="Check the bytes of each transfer before a token is made of them.")] = (
         True
     )
+    compression: Annotated[
+        Literal["none", "fp8", "int8"],
+        Meta(description="KV in one byte per value on the network (tcp), where both workers set the same. Lossy."),
+    ] = "none"
     layer_group_bytes: Annotated[
         int, Meta(ge=4096, le=1 << 30, description="Layers are pushed in groups of at least this size.")
     ] = 1 << 20

@@ -15,6 +15,7 @@ from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
 from engines.finish import FinishRule
+from engines.kv_layout import compat_of, kv_layout
 from engines.kv_region import KVTensor
 from engines.messages import EngineMessage
 from engines.models.shape import ModelShape
@@ -93,16 +94,18 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         )
     region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
     pool = BlockPool(num_blocks)
-    compat = compat_hash(weights_digest(folder), model_config, settings.kv.block_size, str(dtype))
+    digest = weights_digest(folder)
     cache = tiers = None
     if settings.kv.enable_prefix_caching:
-        tiers = _tiers(settings, config.node, region.shared, compat)
+        fingerprint = page_fingerprint(digest, model_config, settings.kv.block_size, str(dtype))
+        tiers = _tiers(settings, config.node, region.shared, fingerprint)
         cache = PrefixCache(pool, settings.kv.block_size, policy=settings.kv.eviction, tiers=tiers)
     node = KVNode(
         incarnation=config.incarnation,
         region=region.shared,
         secret=RotatingSecrets(settings, config.secret),
-        compat=compat,
+        compat=compat_of(folder, digest),
+        layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
         protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
@@ -195,8 +198,8 @@ def _context(asked: int, config: ModelShape) -> int:
     return asked or config.max_position_embeddings
 
 
-def compat_hash(digest: str, config: ModelShape, block_size: int, dtype: str) -> str:
-    """Equal on two workers only if one may read the other's KV: same weights, shapes, dtype, layout of a block."""
+def page_fingerprint(digest: str, config: ModelShape, block_size: int, dtype: str) -> str:
+    """Equal on two lives of workers only if pages of one are pages of the other: weights, shapes, dtype, layout."""
     layout = "num_layers,2,num_kv_heads,block_size,head_dim"
     shape = (config.num_layers, config.num_kv_heads, block_size, config.head_dim)
     return str(xxhash.xxh3_128_hexdigest(repr((digest, layout, shape, dtype)).encode()))

@@ -153,8 +153,9 @@ class EngineCore:
         sequence = self._intake.sequence(add, 0, shared_ids)
         sequence.num_samples = len(add.choices) if is_fresh or len(add.choices) == 1 else 0
         if add.mode == "push":
-            num_blocks = self._intake.blocks_for(add, len(add.prompt_ids) + len(shared_ids))
-            self._writer.add(add, sequence, num_blocks=num_blocks)
+            num_tokens = len(add.prompt_ids) + len(shared_ids)
+            num_blocks, room = self._intake.blocks_for(add, num_tokens), self._intake.room_for(add, num_tokens)
+            self._writer.add(add, sequence, num_blocks=num_blocks, num_tokens=room)
         else:
             self._start(sequence)
 

@@ -96,7 +96,9 @@ class DryRuns:
                 self._kv.commit(xfer, src_blocks=[pair.block], num_tokens=self._block_size, state=b"")
             case kv.Refused():
                 self._end(pair, "")
-            case kv.GrantRefused(_, reason) | kv.PushFailed(_, reason):
+            case kv.GrantRefused(_, reason, detail):
+                self._end(pair, reason, detail)
+            case kv.PushFailed(_, reason):
                 self._end(pair, reason)
             case kv.Handed() | kv.SourceFree():
                 self._end(pair, "protocol")  # a receiver takes no dry run for a request
@@ -116,17 +118,19 @@ class DryRuns:
             epoch=0,
             token=DRY_RUN_RID,
             num_blocks=1,
+            num_tokens=self._block_size,
             deadline_s=LIMIT_S,
         )
 
-    def _end(self, pair: _Pair, fault: str) -> None:
+    def _end(self, pair: _Pair, fault: str, detail: str = "") -> None:
         """The node reads the block no more, whatever the end was."""
         del self._running[pair.xfer]
         self._pool.free([pair.block])
         pair.xfer, pair.next_s = "", self._clock() + RETRY_S
         if fault and fault != pair.fault and fault not in LATER:
             what = "is left out until it works" if fault in HOPELESS else "will be tried again"
-            logger.warning("kv: dry run with %s failed (%s): it %s", pair.target.node, fault, what)
+            why = f" ({detail})" if detail else ""
+            logger.warning("kv: dry run with %s failed (%s)%s: it %s", pair.target.node, fault, why, what)
         if not fault:
             logger.info("kv: dry run with %s: every byte arrived", pair.target.node)
         pair.is_proven, pair.fault = not fault, fault

@@ -52,7 +52,8 @@ class Outgoing:
 
     add: Add
     sequence: Sequence
-    num_blocks: int
+    num_blocks: int  # of our size
+    num_tokens: int  # that the grant must hold, whatever the size of the receiver's blocks
     since_s: float
     phase: PushPhase = PushPhase.SEEKING
     xfer: str = ""
@@ -113,12 +114,12 @@ class HandoffWriter:
         return rid in self._by_rid
 
     # ---------------------------------------------------------------- from the front
-    def add(self, add: Add, sequence: Sequence, *, num_blocks: int) -> None:
-        """Take a request; it is scheduled when a decode worker has promised `num_blocks`."""
+    def add(self, add: Add, sequence: Sequence, *, num_blocks: int, num_tokens: int = 0) -> None:
+        """Take a request; it is scheduled when a decode worker has promised room for `num_tokens` (0: for `num_blocks`)."""
         if add.rid in self._by_rid:
             return
         now = self._clock()
-        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, stamps_s={"added": now})
+        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, num_tokens, now, stamps_s={"added": now})
         self.seek()
 
     def set_peers(self, targets: list[Target]) -> None:
@@ -181,6 +182,7 @@ class HandoffWriter:
             epoch=out.add.epoch,
             token=out.add.token,
             num_blocks=out.num_blocks,
+            num_tokens=out.num_tokens,
             deadline_s=out.add.deadline_s,
         )
 

@@ -53,6 +53,11 @@ class Intake:
 
     def blocks_for(self, add: Add, num_tokens: int) -> int:
         """Blocks to ask a decode worker for: what there is and one to grow into, or all it can ever need."""
+        return -(-self.room_for(add, num_tokens) // self._block_size)
+
+    def room_for(self, add: Add, num_tokens: int) -> int:
+        """The same in tokens: a decode worker may have blocks of another size."""
         max_num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._max_model_len)
-        max_num_blocks = -(-max_num_tokens // self._block_size)
-        return max_num_blocks if add.reserve_full else min(-(-num_tokens // self._block_size) + 1, max_num_blocks)
+        if add.reserve_full:
+            return max_num_tokens
+        return min((-(-num_tokens // self._block_size) + 1) * self._block_size, max_num_tokens)

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Compression = Literal["none", "int8"]
+Compression = Literal["none", "fp8", "int8"]
 DTYPE_BYTES: Final[dict[str, int]] = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_LAYER_BYTES: Final = 1 << 32  # of one block
 

@@ -82,7 +82,8 @@ class Packer:
             return
         words = np.empty(shape, dtype=self._word_type)
         self.fill(words, table, place, num_tokens, layer_lo, layer_hi)
-        compress(words, self.conversion.destination.dtype, out)
+        c = self.conversion
+        compress(words, c.destination.dtype, c.compression, out)
 
     def arriving(self, table: Mapping[int, int], place: int, num_tokens: int) -> memoryview:
         """The bytes that lie in the receiver's pages when all layers of the share have arrived."""
@@ -92,8 +93,8 @@ class Packer:
         self.fill(words, table, place, num_tokens, 0, c.destination.num_layers)
         if c.is_compressed:
             packed = np.empty(c.destination.num_layers * c.wire_layer_bytes, dtype=np.uint8)
-            compress(words, c.destination.dtype, packed)
-            words = expand(packed, shape, c.destination.dtype)
+            compress(words, c.destination.dtype, c.compression, packed)
+            words = expand(packed, shape, c.destination.dtype, c.compression)
         return np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
 
 
@@ -108,4 +109,4 @@ class Unpacker:
         """`(hi - lo) * conversion.wire_layer_bytes` bytes into layers [lo, hi) of a block."""
         c = self._conversion
         out = share_of_block(self._pages, block, c.share, layer_lo, layer_hi)
-        out[:] = expand(np.frombuffer(packed, dtype=np.uint8), out.shape, c.destination.dtype)
+        out[:] = expand(np.frombuffer(packed, dtype=np.uint8), out.shape, c.destination.dtype, c.compression)

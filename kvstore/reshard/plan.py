@@ -130,7 +130,7 @@ class Conversion:
 
     @property
     def wire_layer_bytes(self) -> int:
-        """What goes over the wire for one layer of a destination block; int8 has a float32 scale per token and head."""
+        """On the wire, for one layer of a destination block; compressed with a float32 scale per token and head."""
         if not self.is_compressed:
             return self.share_layer_bytes
         return 2 * self.share.num_heads * self.destination.block_size * (4 + self.destination.head_dim)

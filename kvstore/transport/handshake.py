@@ -127,6 +127,6 @@ def conversion_of(writer: KVLayout | None, receiver: KVLayout | None, protocol: 
     if writer is None or receiver is None:
         return None
     try:
-        return Conversion.between(writer, receiver, is_network=protocol != "shm")
+        return Conversion.between(writer, receiver, is_network=protocol == "tcp")
     except Inconvertible as error:
         raise HandshakeRefused(reason="layout", detail=str(error)) from error

@@ -132,8 +132,11 @@ def test_float32_is_rounded_to_the_nearest_bfloat16(make_end: MakeEnd) -> None:
     assert (error <= np.abs(exact) * 2**-8).all()
 
 
-def test_int8_is_expanded_where_it_arrives_and_only_on_a_network(make_end: MakeEnd, protocol: str) -> None:
-    writer, reader = make_end("writer", compression="int8"), make_end("reader", compression="int8", block_size=32)
+@pytest.mark.parametrize(("kind", "step"), [("int8", 0.5 / 127), ("fp8", 1 / 16)])
+def test_compressed_kv_is_expanded_where_it_arrives_and_only_on_a_network(
+    make_end: MakeEnd, protocol: str, kind: str, step: float
+) -> None:
+    writer, reader = make_end("writer", compression=kind), make_end("reader", compression=kind, block_size=32)
     kv = _kv(70)
     _put(writer, LAYOUT, [5, 4, 3, 2, 1], kv)
     arrived = _transfer(writer, reader, [5, 4, 3, 2, 1], 16, 70, [7, 9, 2])
@@ -146,7 +149,7 @@ def test_int8_is_expanded_where_it_arrives_and_only_on_a_network(make_end: MakeE
         return
     largest = np.abs(exact).max(axis=-1, keepdims=True)
     assert np.abs(after - exact).max() > 0
-    assert (np.abs(after - exact) <= largest * (0.5 / 127 + 2**-8)).all()
+    assert (np.abs(after - exact) <= largest * (step + 2**-8)).all()
     whole_bytes = 3 * reader.region.block_bytes
     assert arrived.num_bytes == whole_bytes * (8 + 4) // 16  # 8 values and a scale, for 8 bfloat16
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.reshard.compress import compress, compressed_bytes, expand
+from kvstore.reshard.compress import _fp8_table, _fp8_values, compress, compressed_bytes, expand
 from kvstore.reshard.dtypes import convert, to_bfloat16, to_float32
 
 
@@ -44,8 +44,8 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_scale(dtype: str) -> None:
         dtype, values.astype(np.float16).view(np.uint16)
     )
     packed = np.empty(compressed_bytes(words.shape), dtype=np.uint8)
-    compress(words, dtype, packed)
-    got, exact = to_float32(expand(packed, words.shape, dtype), dtype), to_float32(words, dtype)
+    compress(words, dtype, "int8", packed)
+    got, exact = to_float32(expand(packed, words.shape, dtype, "int8"), dtype), to_float32(words, dtype)
 
     largest = np.abs(exact).max(axis=-1, keepdims=True)
     rounding = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}[dtype]
@@ -53,11 +53,38 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_scale(dtype: str) -> None:
     assert np.abs(got - exact).max() > 0, "nothing was compressed"
 
 
-def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
+def test_fp8_is_the_nearest_value_that_torch_has() -> None:
+    values = np.random.default_rng(3).standard_normal((50, 2, 16, 64)).astype(np.float32)
+    words = to_bfloat16(values)
+    packed = np.empty(compressed_bytes(words.shape), dtype=np.uint8)
+    compress(words, "bfloat16", "fp8", packed)
+    got = expand(packed, words.shape, "float32", "fp8").view(np.float32)
+
+    exact = to_float32(words, "bfloat16")
+    scales = np.abs(exact).max(axis=-1, keepdims=True) * np.float32(1 / 448)
+    nearest = torch.from_numpy(exact / scales).to(torch.float8_e4m3fn).float().numpy() * scales
+    error, least = np.abs(got - exact), np.abs(nearest - exact)
+    assert (error <= least + np.abs(exact) * 2**-7).all(), "bfloat16 on the way may cost its last bit"
+    assert (error <= np.abs(exact) / 16 * 1.07 + scales * 2**-9 * 0.5).all()
+
+
+def test_every_fp8_byte_is_what_torch_reads_and_writes() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(_fp8_values(), expected, equal_nan=True)
+    words = np.arange(1 << 16, dtype=np.uint16)
+    values = to_float32(words, "bfloat16")
+    in_range = np.abs(values) <= 448  # beyond it we take the largest, torch NaN
+    wanted = torch.from_numpy(values[in_range]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    assert (_fp8_table()[words[in_range]] == wanted).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(kind: str) -> None:
     values = np.zeros((3, 1, 4), dtype=np.float32)
     values[1, 0, 2], values[2, 0, 1] = np.inf, np.nan
     packed = np.empty(compressed_bytes(values.shape), dtype=np.uint8)
-    compress(values.view(np.uint32), "float32", packed)
-    got = expand(packed, values.shape, "float32").view(np.float32)
+    compress(values.view(np.uint32), "float32", kind, packed)
+    got = expand(packed, values.shape, "float32", kind).view(np.float32)
     assert not got[0].any()
     assert not np.isfinite(got[1:]).any(), "damage was made to look sound"

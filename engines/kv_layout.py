@@ -1,0 +1,46 @@
+"""What a worker says of its KV when it meets another: what must be equal, and what may differ.
+
+compat    weights and tokenizer: a pair that differs cannot work, and is refused with the values of both
+layout    layers, heads, head size must be equal, too; block size, dtype and head slice are converted
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from configs.schema import Settings
+from engines.models.shape import ModelShape
+from kvstore.reshard import KVLayout
+
+_DIGEST_CHARS = 32
+
+
+def kv_layout(config: ModelShape, settings: Settings, dtype: str) -> KVLayout:
+    """Of an engine that holds all heads.
+
+    Args:
+        dtype: of the KV region: float32 or bfloat16.
+    """
+    return KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_lo=0,
+        head_hi=config.num_kv_heads,
+        block_size=settings.kv.block_size,
+        head_dim=config.head_dim,
+        dtype=dtype,  # type: ignore[arg-type]  # what choose_dtype gives
+        compression=settings.transfer.compression,
+    )
+
+
+def compat_of(folder: Path, weights: str) -> str:
+    """Equal on two workers only if tokens of one mean the same to the other.
+
+    Args:
+        folder: of the model.
+        weights: digest over its weights and config.
+    """
+    path = folder / "tokenizer.json"
+    tokenizer = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    return f"weights={weights[:_DIGEST_CHARS]} tokenizer={tokenizer[:_DIGEST_CHARS]}"
