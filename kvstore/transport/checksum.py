@@ -1,33 +1,45 @@
-"""Integrity of a transfer: xxh3_64 over who and what, then the bytes of all its blocks in the order of the grant.
+"""Integrity of a transfer: xxh3_64 over who and what, then the digests of its cells by place and layer.
 
-Order, epoch and token count are inside, so a right page in a wrong place is as wrong as a flipped bit.
+    pushes, in any order ──▶ CellDigests (place, layer) ──▶ COMMIT: xxh3_64(xfer, epoch, tokens, state, digests)
+
+A cell is hashed while it is moved, or as soon as it has landed; only what nobody has hashed by then waits for COMMIT.
+Place, layer, epoch and token count are inside, so a right page in a wrong place is as wrong as a flipped bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 import xxhash
 
+from kvstore.native.pages import CellDigests
 from kvstore.transport.region import KVRegion
 
 
 class TransferChecksum:
-    """Incremental, so that the `kv` thread can serve its other links between two slices."""
+    """Incremental, so that the `kv` thread can serve its other links between two slices.
 
-    def __init__(self, *, xfer: str, epoch: int, num_tokens: int, state: bytes) -> None:
+    Args:
+        cells: what is known already; a cell whose digest is of another block than it should be is hashed again.
+    """
+
+    def __init__(
+        self, *, xfer: str, epoch: int, num_tokens: int, state: bytes, cells: CellDigests | None = None
+    ) -> None:
         self._hash = xxhash.xxh3_64(msgspec.msgpack.encode((xfer, epoch, num_tokens, state)))
+        self._cells = cells
 
-    def update(self, region: KVRegion, block_ids: Iterable[int], slice_bytes: int) -> Iterator[None]:
-        """Take in these blocks; pauses after about `slice_bytes` each time."""
-        num_bytes = 0
-        for block_id in block_ids:
-            self._hash.update(region.block(block_id))  # releases the GIL for all but tiny blocks
-            num_bytes += region.block_bytes
-            if num_bytes >= slice_bytes:
-                num_bytes = 0
-                yield
+    def update(self, region: KVRegion, block_ids: Sequence[int], slice_bytes: int) -> Iterator[None]:
+        """Take in these blocks, which are the places from 0 on; pauses after about `slice_bytes` that it hashed."""
+        cells = self._cells or CellDigests(len(block_ids), region.num_layers)
+        cell, num_cells = 0, len(block_ids) * region.num_layers
+        while True:
+            cell = region.ops.fill(region.pages, block_ids, cells=cells, start=cell, max_bytes=slice_bytes)
+            if cell >= num_cells:
+                break
+            yield
+        self._hash.update(cells.packed(len(block_ids)))
 
     def update_views(self, views: Iterable[memoryview], slice_bytes: int) -> Iterator[None]:
         """The same for bytes that are no whole blocks of a region."""

@@ -11,6 +11,7 @@ FENCED and ABORT come after the last DATA of their transfer.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Final, TypeVar
@@ -43,6 +44,7 @@ class FrameType(IntEnum):
     ABORT = 14  # -> closed at the writer, last write complete
     FENCE = 15  # <-
     FENCED = 16  # -> like ABORT, as the answer to FENCE
+    PUSHED = 24  # -> shm only: these pages have been written; the sub-header of DATA, without pages
 
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -148,6 +150,13 @@ class DataHeader:
     layer_hi: int
 
 
+def split(header: DataHeader, max_places: int) -> Iterator[DataHeader]:
+    """The same pages in parts of at most `max_places`."""
+    for first in range(header.first, header.first + header.num_places, max_places):
+        count = min(max_places, header.first + header.num_places - first)
+        yield DataHeader(header.serial, header.epoch, first, count, header.layer_lo, header.layer_hi)
+
+
 _SMALL, _LARGE = 4 << 10, 16 << 20
 MAX_LENGTH: Final[dict[FrameType, int]] = {
     **dict.fromkeys(FrameType, _SMALL),
@@ -174,6 +183,13 @@ def data_frame(header: DataHeader, num_bytes: int) -> bytes:
     h = header
     sub = DATA_HEADER.pack(h.serial, h.epoch, h.first, h.num_places, h.layer_lo, h.layer_hi)
     return HEADER.pack(MAGIC, VERSION, FrameType.DATA, 0, len(sub) + num_bytes) + sub
+
+
+def pushed_frame(header: DataHeader) -> bytes:
+    """Pages of a transfer that may be hashed: they are not written again before the next such frame of them."""
+    h = header
+    sub = DATA_HEADER.pack(h.serial, h.epoch, h.first, h.num_places, h.layer_lo, h.layer_hi)
+    return HEADER.pack(MAGIC, VERSION, FrameType.PUSHED, 0, len(sub)) + sub
 
 
 def parse_header(raw: bytes | bytearray) -> tuple[FrameType, int]:
@@ -207,4 +223,7 @@ def parse_body(kind: FrameType, raw: bytes | bytearray, body_type: type[T]) -> T
 
 
 def parse_data_header(raw: bytes | bytearray) -> DataHeader:
+    """Raises BadFrame: body."""
+    if len(raw) != DATA_HEADER.size:
+        raise BadFrame(reason="body", detail=f"{len(raw)} bytes of a page header, expected {DATA_HEADER.size}")
     return DataHeader(*DATA_HEADER.unpack(raw))

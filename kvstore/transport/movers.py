@@ -1,22 +1,24 @@
 """How page runs get from our region into granted pages of a peer. Chosen once per link, at its handshake.
 
 `shm` copies into the peer's own mapping: one copy, no staging. `tcp` sends from our pages; the peer receives into its.
-`rdma` writes one-sided, see `rdma_mover`. All work in slices, so that the `kv` thread serves other links in between.
+`rdma` writes one-sided, see `rdma_mover`. All work in slices, so that the `kv` thread serves other links in between;
+shm and tcp hash what they move (`transfer.cells`).
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from kvstore.reshard.plan import Conversion
 from kvstore.transport.connection import Connection
-from kvstore.transport.frames import DataHeader, data_frame
+from kvstore.transport.frames import DataHeader, data_frame, pushed_frame
 from kvstore.transport.region import KVRegion
 from kvstore.transport.transfers import Transfer
 
 SLICE_BYTES = 4 << 20
+LAST_SLICE_BYTES = 1 << 20
 TCP_FRAME_BYTES = 1 << 20
 TCP_WINDOW_BYTES = 4 << 20  # queued per link: more would only delay FENCED and heartbeats behind it
 
@@ -73,32 +75,26 @@ class _InOrder:
 
 
 class ShmMover(_InOrder):
-    """memmove between two mappings. ctypes releases the GIL for the time of each call."""
+    """Copies between two mappings, without the GIL. Tells the peer of each slice, so that it hashes beside us."""
 
-    def __init__(self, own: KVRegion, peer: KVRegion) -> None:
-        self._own, self.peer = own, peer
+    def __init__(self, own: KVRegion, peer: KVRegion, connection: Connection) -> None:
+        self._own, self.peer, self._connection = own, peer, connection
 
     def is_ready(self) -> bool:
         return True
 
     def move(self, transfer: Transfer, pairs: Pairs, layer_lo: int, layer_hi: int) -> Iterator[int]:
-        own, peer = self._own, self.peer
-        offset, num_bytes = layer_lo * own.layer_bytes, (layer_hi - layer_lo) * own.layer_bytes
-        is_whole = num_bytes == own.block_bytes
-        max_blocks = max(1, SLICE_BYTES // num_bytes)
-        moved = 0
-        blocks = ((src, transfer.dst_blocks[place]) for src, place in pairs)
-        for src, dst, count in _runs(blocks, max_blocks if is_whole else 1):
-            ctypes.memmove(
-                peer.address + dst * own.block_bytes + offset,
-                own.address + src * own.block_bytes + offset,
-                num_bytes * count,
+        own, cells = self._own, transfer.cells
+        run_bytes = (layer_hi - layer_lo) * own.layer_bytes
+        for first, sources in _slices(pairs, run_bytes):
+            targets, count = transfer.dst_blocks[first : first + len(sources)], len(sources)
+            own.ops.copy(
+                own.pages, self.peer.pages, sources, targets, first=first, lo=layer_lo, hi=layer_hi, cells=cells
             )
-            moved += num_bytes * count
-            if moved >= SLICE_BYTES:
-                yield moved
-                moved = 0
-        yield moved
+            if cells is not None:
+                header = DataHeader(transfer.serial, transfer.epoch, first, count, layer_lo, layer_hi)
+                self._connection.send(pushed_frame(header))
+            yield run_bytes * count
 
 
 class TcpMover(_InOrder):
@@ -114,8 +110,11 @@ class TcpMover(_InOrder):
         run_bytes = (layer_hi - layer_lo) * self._own.layer_bytes
         max_places = max(1, TCP_FRAME_BYTES // run_bytes)
         for places in _neighbours(pairs, max_places):
-            views = [self._own.run(src, layer_lo, layer_hi) for src, _ in places]
+            own, sources, first = self._own, [src for src, _ in places], places[0][1]
+            views = [own.run(src, layer_lo, layer_hi) for src in sources]
             num_bytes = run_bytes * len(views)
+            if transfer.cells is not None:  # before the kernel reads them: one of the two finds them in a cache
+                own.ops.hash(own.pages, sources, first=first, lo=layer_lo, hi=layer_hi, cells=transfer.cells)
             header = DataHeader(
                 transfer.serial, transfer.epoch, places[0][1], len(places), layer_lo, layer_hi
             )  # fmt: skip
@@ -123,19 +122,23 @@ class TcpMover(_InOrder):
             yield num_bytes
 
 
-def _runs(blocks: Iterable[tuple[int, int]], max_count: int) -> Iterator[tuple[int, int, int]]:
-    """Join (source, destination) that go on one after the other in both regions: (source, destination, count)."""
-    start: tuple[int, int] | None = None
-    count = 0
-    for src, dst in blocks:
-        if start is not None and count < max_count and (src, dst) == (start[0] + count, start[1] + count):
-            count += 1
-            continue
-        if start is not None:
-            yield start[0], start[1], count
-        start, count = (src, dst), 1
-    if start is not None:
-        yield start[0], start[1], count
+def _slices(pairs: Pairs, run_bytes: int) -> Iterator[tuple[int, array[int]]]:
+    """Split into (first place, own blocks) of places that follow one another, of about `SLICE_BYTES`.
+
+    The last ones are shorter: the peer hashes a slice while the next is copied, and the last one with nobody beside it.
+    """
+    start, num_pairs = 0, len(pairs)
+    while start < num_pairs:
+        left_bytes = (num_pairs - start) * run_bytes
+        slice_bytes = SLICE_BYTES if left_bytes > SLICE_BYTES else max(left_bytes // 2, LAST_SLICE_BYTES)
+        end = start + max(1, slice_bytes // run_bytes)
+        sources, places = zip(*pairs[start:end], strict=True)
+        if places == tuple(range(places[0], places[0] + len(places))):
+            yield places[0], array("q", sources)
+        else:
+            for group in _neighbours(pairs[start:end], len(places)):
+                yield group[0][1], array("q", [source for source, _ in group])
+        start = end
 
 
 def _neighbours(pairs: Pairs, max_places: int) -> Iterator[list[tuple[int, int]]]:

@@ -25,6 +25,7 @@ from kvstore.blocks import (
     SendRefused,
     Verify,
 )
+from kvstore.native.pages import CellDigests
 from kvstore.overdue import OverdueWriter
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.connection import Connection
@@ -42,9 +43,11 @@ from kvstore.transport.frames import (
     Reserve,
     frame,
     parse_body,
+    parse_data_header,
+    split,
 )
 from kvstore.transport.loop import Loop
-from kvstore.transport.movers import SLICE_BYTES
+from kvstore.transport.movers import LAST_SLICE_BYTES, SLICE_BYTES
 from kvstore.transport.reader_link import ReaderLink, ReaderPhase
 from kvstore.transport.settings import NodeContext
 
@@ -55,9 +58,11 @@ MAX_LINKS = 512
 class _Landing:
     """What a transfer sent so far. `layers`: per place of the grant, a bit for each layer that landed (tcp)."""
 
+    link: ReaderLink  # that it comes over
+    cells: CellDigests | None  # of what has landed and was hashed; None: all is hashed at COMMIT
     layers: dict[int, int] = field(default_factory=dict)
+    unhashed: deque[DataHeader] = field(default_factory=deque)  # written by the peer (shm)
     commit: Commit | None = None
-    link: ReaderLink | None = None  # that the commit came over
     is_tcp: bool = False
     landing_since_s: float = 0.0
     receive_s: float = 0.0  # from the header to the last byte, over all DATA frames
@@ -81,7 +86,8 @@ class ReceiverSide:
         self._loop = loop
         self._links: dict[int, ReaderLink] = {}
         self._landings: dict[str, _Landing] = {}  # of grants in the table
-        self._verifying: deque[tuple[str, Iterator[None]]] = deque()
+        self._verifying: deque[Iterator[None]] = deque()
+        self._hashing: deque[Iterator[None]] = deque()
         self._serial = 0
 
     def accept(self, connection: Connection) -> None:
@@ -117,9 +123,13 @@ class ReceiverSide:
             commit = parse_body(kind, body, Commit)
             actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
             if any(isinstance(action, Verify) for action in actions):
-                landing = self._landings.setdefault(commit.xfer, _Landing())
-                landing.commit, landing.link, landing.is_tcp = commit, link, link.protocol == "tcp"
+                grant = self.table.find(commit.xfer)
+                assert grant is not None
+                landing = self._landing(link, grant)
+                landing.commit, landing.is_tcp = commit, link.protocol == "tcp"
             self._perform(actions)
+        elif kind is FrameType.PUSHED:
+            self._on_pushed(link, parse_data_header(body))
         elif kind in (FrameType.ABORT, FrameType.FENCED):
             self._perform(self.table.on_writer_done(parse_body(kind, body, FenceBody).xfer, link.serial))
         elif kind is FrameType.RENEW:
@@ -129,8 +139,18 @@ class ReceiverSide:
 
     def page_views(self, link: ReaderLink, header: DataHeader, num_bytes: int) -> list[memoryview]:
         """Bounds first: nothing is written but pages of a grant of this connection, before its COMMIT."""
+        grant = self._granted(link, header, "tcp")
+        if num_bytes != header.num_places * (header.layer_hi - header.layer_lo) * link.pages.layer_bytes:
+            raise BadFrame(reason="length", detail=f"{num_bytes} bytes for {header}")
+        last = header.first + header.num_places
+        views = link.pages.views(grant.blocks[header.first : last], header.layer_lo, header.layer_hi)
+        self._landing(link, grant).landing_since_s = self._context.clock()
+        return views
+
+    def _granted(self, link: ReaderLink, header: DataHeader, protocol: str) -> Grant:
+        """The grant whose pages `header` names. Raises BadFrame: this peer may not write them, or not now."""
         region, grant = self._context.region, self.table.find_serial(header.serial)
-        if link.protocol != "tcp" or grant is None or grant.peer != link.serial:
+        if link.protocol != protocol or grant is None or grant.peer != link.serial:
             raise BadFrame(reason="bad_page", detail=f"DATA for grant {header.serial}, which this peer does not hold")
         if grant.is_verifying or grant.state is GrantState.COMMITTED:
             raise BadFrame(reason="state", detail=f"DATA after COMMIT of {grant.reservation.xfer}")
@@ -141,11 +161,7 @@ class ReceiverSide:
             raise BadFrame(reason="bad_page", detail=f"places {header.first}..{last} of {len(grant.blocks)}")
         if not 0 <= header.layer_lo < header.layer_hi <= region.num_layers:
             raise BadFrame(reason="bad_page", detail=f"layers {header.layer_lo}..{header.layer_hi}")
-        if num_bytes != header.num_places * (header.layer_hi - header.layer_lo) * link.pages.layer_bytes:
-            raise BadFrame(reason="length", detail=f"{num_bytes} bytes for {header}")
-        views = link.pages.views(grant.blocks[header.first : last], header.layer_lo, header.layer_hi)
-        self._landings.setdefault(grant.reservation.xfer, _Landing()).landing_since_s = self._context.clock()
-        return views
+        return grant
 
     def on_landed(self, link: ReaderLink, header: DataHeader) -> None:
         grant = self.table.find_serial(header.serial)
@@ -153,11 +169,22 @@ class ReceiverSide:
             return
         last = header.first + header.num_places
         link.pages.landed(grant.blocks[header.first : last], header.layer_lo, header.layer_hi)
-        landing = self._landings.setdefault(grant.reservation.xfer, _Landing())
+        landing = self._landing(link, grant)
         landing.receive_s += self._context.clock() - landing.landing_since_s
         bits = (1 << header.layer_hi) - (1 << header.layer_lo)
         for place in range(header.first, last):
             landing.layers[place] = landing.layers.get(place, 0) | bits
+        self._hash(grant, landing, header)
+
+    def _on_pushed(self, link: ReaderLink, header: DataHeader) -> None:
+        """The peer wrote these pages itself: hash them while it goes on. Late ones belong to a grant that is over."""
+        grant = self.table.find_serial(header.serial)
+        if grant is None or not self._context.checksum:
+            return
+        landing = self._landing(link, self._granted(link, header, "shm"))
+        landing.unhashed.append(header)
+        if len(landing.unhashed) == 1:
+            self._hashing.append(self._hash_pushed(grant, landing))
 
     def on_unreachable(self, link: ReaderLink) -> None:
         self._perform(self.table.on_unreachable(link.serial, self._context.clock()))
@@ -169,12 +196,13 @@ class ReceiverSide:
 
     # ---------------------------------------------------------------- the loop
     def work(self) -> bool:
-        """One slice of one verification, the oldest first."""
-        if self._verifying:
-            xfer, job = self._verifying.popleft()
+        """One slice of one verification, or else of hashing what was pushed, the oldest first."""
+        jobs = self._verifying or self._hashing
+        if jobs:
+            job = jobs.popleft()
             if next(job, StopIteration) is not StopIteration:
-                self._verifying.append((xfer, job))
-        return bool(self._verifying)
+                jobs.append(job)
+        return bool(self._verifying or self._hashing)
 
     def tick(self, now_s: float) -> bool:
         for link in list(self._links.values()):
@@ -210,7 +238,7 @@ class ReceiverSide:
             case SendFence(peer, xfer, grant_id):
                 self._send(peer, frame(FrameType.FENCE, FenceBody(xfer, grant_id)))
             case Verify(xfer):
-                self._verifying.append((xfer, self._verify(xfer)))
+                self._verifying.append(self._verify(xfer))
             case Delivered(xfer):
                 self._deliver(xfer)
             case BlocksReleased(xfer, blocks):
@@ -248,11 +276,11 @@ class ReceiverSide:
         commit = landing.commit
         fault = self._fault_of(grant, landing, commit)
         if not fault and self._context.checksum:
+            yield from self._hash_pushed(grant, landing)
             checksum = TransferChecksum(
-                xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state
-            )  # fmt: skip
+                xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state, cells=landing.cells
+            )
             link, blocks = landing.link, grant.blocks[: commit.num_blocks]
-            assert link is not None
             if link.is_converted:
                 held = (view for block in blocks for view in link.pages.held(block))
                 yield from checksum.update_views(held, SLICE_BYTES)
@@ -262,6 +290,37 @@ class ReceiverSide:
         if fault:
             self._context.reject(fault, f"COMMIT of {xfer}")
         self._perform(self.table.verdict(xfer, is_good=not fault, reason=fault))
+
+    def _hash_pushed(self, grant: Grant, landing: _Landing) -> Iterator[None]:
+        """All that waits, pausing after each slice. What is pushed twice is hashed again: the last time counts."""
+        while landing.unhashed:
+            header = landing.unhashed.popleft()
+            run_bytes = (header.layer_hi - header.layer_lo) * self._context.region.layer_bytes
+            for part in split(header, max(1, SLICE_BYTES // run_bytes)):
+                self._hash(grant, landing, part)
+                if part.num_places * run_bytes >= LAST_SLICE_BYTES:
+                    yield
+
+    def _hash(self, grant: Grant, landing: _Landing, header: DataHeader) -> None:
+        if landing.cells is None:
+            return
+        region, first = self._context.region, header.first
+        region.ops.hash(
+            region.pages,
+            grant.blocks[first : first + header.num_places],
+            first=first,
+            lo=header.layer_lo,
+            hi=header.layer_hi,
+            cells=landing.cells,
+        )
+
+    def _landing(self, link: ReaderLink, grant: Grant) -> _Landing:
+        found = self._landings.get(grant.reservation.xfer)
+        if found is None:
+            has_cells = self._context.checksum and not link.is_converted
+            cells = CellDigests(len(grant.blocks), self._context.region.num_layers) if has_cells else None
+            found = self._landings[grant.reservation.xfer] = _Landing(link, cells)
+        return found
 
     def _fault_of(self, grant: Grant, landing: _Landing, commit: Commit) -> str:
         if commit.epoch != grant.reservation.epoch:

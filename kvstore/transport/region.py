@@ -12,8 +12,9 @@ import ctypes
 import fcntl
 import mmap
 import os
+from functools import cached_property
 
-from kvstore.native.pages import Pages
+from kvstore.native.pages import PageOps, Pages, page_ops
 from kvstore.transport.errors import RegionError
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -86,6 +87,11 @@ class KVRegion:
         except RegionError:
             os.close(fd)
             raise
+
+    @cached_property
+    def ops(self) -> PageOps:
+        """What copies and hashes these blocks. The first use on a machine compiles it: some seconds."""
+        return page_ops(self.layer_bytes)
 
     def run(self, block_id: int, layer_lo: int, layer_hi: int) -> memoryview:
         """Bytes of layers [lo, hi) of a block."""

@@ -8,10 +8,12 @@ CLOSED is for good: a GRANT that comes for a transfer which is closed, or not kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from kvstore.native.pages import CellDigests
 from kvstore.reshard.progress import Progress
 from kvstore.transport.events import Event, GrantRefused, Handed, PushFailed, Refused, SourceFree
 
@@ -65,9 +67,10 @@ class Transfer:
     state: XferState = XferState.RESERVING
     grant_id: str = ""
     serial: int = 0
-    dst_blocks: tuple[int, ...] = ()  # as many as were asked for, of the receiver's size
+    dst_blocks: array[int] = field(default_factory=lambda: array("q"))  # as many as asked for, of the receiver's size
     num_dst_blocks: int = 0
     progress: Progress | None = None  # over a link that converts
+    cells: CellDigests | None = None  # of what was pushed; None: nothing is hashed while it moves
     num_bytes: int = 0
     busy_s: float = 0.0
     commit_frame: bytes = b""  # once it is sent

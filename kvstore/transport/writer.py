@@ -9,10 +9,12 @@ as for one closed for good: GRANT by ABORT, FENCE by FENCED.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.address import KVAddress
+from kvstore.native.pages import CellDigests
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.errors import BadFrame
 from kvstore.transport.events import Event, GrantReceived, GrantRefused, SourceFree
@@ -203,7 +205,9 @@ class WriterSide:
         is_sound = len(set(blocks)) == len(blocks) == transfer.num_dst_blocks
         if not is_sound or not all(block < link.num_peer_blocks for block in blocks):
             raise BadFrame(reason="bad_page", detail=f"GRANT of blocks {blocks[:8]} for {transfer.num_dst_blocks}")
-        transfer.grant_id, transfer.serial, transfer.dst_blocks = grant.grant_id, grant.serial, blocks
+        transfer.grant_id, transfer.serial, transfer.dst_blocks = grant.grant_id, grant.serial, array("q", blocks)
+        if self._context.checksum and link.converter is None:
+            transfer.cells = CellDigests(len(blocks), self._context.region.num_layers)
         transfer.state = advance(transfer.state, XferEvent.GRANT)
         self._context.emit(GrantReceived(transfer.xfer, len(blocks)))
 
@@ -236,7 +240,9 @@ class WriterSide:
             num_filled = converter.conversion.blocks_for(num_tokens)
         value = None
         if self._context.checksum:
-            checksum = TransferChecksum(xfer=t.xfer, epoch=t.epoch, num_tokens=num_tokens, state=state)
+            checksum = TransferChecksum(
+                xfer=t.xfer, epoch=t.epoch, num_tokens=num_tokens, state=state, cells=t.cells
+            )  # fmt: skip
             if converter is None:
                 yield from checksum.update(self._context.region, src_blocks, SLICE_BYTES)
             else:

@@ -31,6 +31,7 @@ from kvstore.transport.settings import NodeContext
 from kvstore.transport.transfers import Transfer
 
 TCP_BUFFER_BYTES = 4 << 20
+TURN_S = 100e-6  # after so long a link lets the others have their turn
 
 
 class LinkPhase(Enum):
@@ -203,7 +204,7 @@ class WriterLink:
             self.mover = self._rdma_mover(welcome, is_plain=conversion is None or conversion.is_plain)
         elif conversion is None or conversion.is_plain:
             peer = self._peer_region
-            self.mover = TcpMover(region, connection) if peer is None else ShmMover(region, peer)
+            self.mover = TcpMover(region, connection) if peer is None else ShmMover(region, peer, connection)
         else:
             self.mover = self.converter = _converter(region, self._peer_region, connection, conversion)
         connection.is_greeting = False
@@ -270,17 +271,16 @@ class WriterLink:
             self._connection.drop_unsent(transfer.xfer)
 
     def work(self) -> bool:
-        """One slice of the first job. True if there is more to do now."""
+        """Jobs in order, for one turn of the loop: one large slice, or all of a small transfer.
+
+        True if there is more to do now.
+        """
+        ends_s = self._context.clock() + TURN_S
         try:
-            if self.mover is None or not self.mover.is_ready() or not self.jobs:
-                return False
-            transfer, job = self.jobs[0]
-            start_s = self._context.clock()
-            is_done = next(job, StopIteration) is StopIteration
-            if is_done and self.jobs and self.jobs[0][1] is job:
-                self.jobs.popleft()
-            transfer.busy_s += self._context.clock() - start_s
-            return bool(self.jobs) and self.mover is not None and self.mover.is_ready()
+            while self.mover is not None and self.mover.is_ready() and self.jobs:
+                if self._context.clock() >= ends_s:
+                    return True
+                self._step(*self.jobs[0])
         except BadFrame as error:
             self.close(error.reason)
         except RdmaError as error:
@@ -289,6 +289,13 @@ class WriterLink:
             self._context.counters["rdma_failures"] += 1
             self.close(error.reason)
         return False
+
+    def _step(self, transfer: Transfer, job: Iterator[None]) -> None:
+        start_s = self._context.clock()
+        is_done = next(job, StopIteration) is StopIteration
+        if is_done and self.jobs and self.jobs[0][1] is job:
+            self.jobs.popleft()
+        transfer.busy_s += self._context.clock() - start_s
 
     def tick(self, now_s: float) -> None:
         """Heartbeats; close a link that does not come up, or has gone silent."""

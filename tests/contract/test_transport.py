@@ -22,7 +22,7 @@ from kvstore.transport import (
     SourceFree,
     Times,
 )
-from tests.contract.transport_helpers import PROTOCOLS, End, fill, granted
+from tests.contract.transport_helpers import PROTOCOLS, End, FlippingRelay, fill, granted
 from tests.contract.transport_peer import NUM_BLOCKS, NUM_LAYERS
 
 MakeEnd = Callable[..., End]
@@ -126,19 +126,50 @@ def test_a_missing_layer_never_arrives(pair: tuple[End, End]) -> None:
     assert not any(isinstance(event, Arrived) for event in reader.events)
 
 
-def test_a_flipped_bit_in_a_page_never_arrives(pair: tuple[End, End]) -> None:
+def test_a_bit_that_flips_between_copy_and_check_never_arrives(pair: tuple[End, End], protocol: str) -> None:
+    """shm, rdma: in the page itself, before the receiver has looked at it. tcp: on the wire."""
     writer, reader = pair
-    granted(writer, reader, "w:1", [1])
-    writer.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)
-    ends_s = time.monotonic() + 5
-    while reader.region.block(1) != writer.region.block(0):
-        assert time.monotonic() < ends_s, "the push did not land"
-        time.sleep(0.01)
-    reader.region.block(1)[12345] ^= 1
-    writer.node.commit("w:1", src_blocks=[0], num_tokens=32, state=b"")
+    with contextlib.ExitStack() as stack:
+        if protocol == "tcp":
+            relay = stack.enter_context(FlippingRelay(reader.address.tcp_port, at_byte=100_000))
+            reader.address = msgspec.structs.replace(reader.address, tcp_port=relay.port)
+        granted(writer, reader, "w:1", [1])
+        release = reader.hold_kv_thread() if protocol == "shm" else None
+        writer.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)
+        if protocol != "tcp":
+            ends_s = time.monotonic() + 5
+            while reader.region.block(1) != writer.region.block(0):
+                assert time.monotonic() < ends_s, "the push did not land"
+                time.sleep(0.01)
+            reader.region.block(1)[12345] ^= 1
+        if release is not None:
+            release()
+        writer.node.commit("w:1", src_blocks=[0], num_tokens=32, state=b"")
+        assert writer.wait(PushFailed).reason == "checksum"
+        assert reader.wait(BlocksFree).blocks == (1,)
+        assert reader.node.rejects() == {"checksum": 1}
+
+
+def test_blocks_pushed_twice_and_out_of_order_arrive_as_they_were_last(pair: tuple[End, End]) -> None:
+    writer, reader = pair
+    granted(writer, reader, "w:1", [5, 6, 7])
+    writer.node.push("w:1", [(2, 2), (0, 0)], 1, NUM_LAYERS)
+    writer.node.push("w:1", [(9, 1)], 0, NUM_LAYERS)  # not what is committed: replaced below
+    writer.node.push("w:1", [(2, 2), (0, 0)], 0, 1)
+    writer.node.push("w:1", [(1, 1)], 0, NUM_LAYERS)
+    writer.node.commit("w:1", src_blocks=[0, 1, 2], num_tokens=96, state=b"")
+    assert reader.wait(Arrived).num_tokens == 96
+    for src, dst in ((0, 5), (1, 6), (2, 7)):
+        assert reader.region.block(dst) == writer.region.block(src)
+
+
+def test_a_page_of_another_block_than_the_committed_one_never_arrives(pair: tuple[End, End]) -> None:
+    writer, reader = pair
+    granted(writer, reader, "w:1", [5, 6])
+    writer.node.push("w:1", [(0, 0), (1, 1)], 0, NUM_LAYERS)
+    writer.node.push("w:1", [(9, 1)], 2, 3)
+    writer.node.commit("w:1", src_blocks=[0, 1], num_tokens=64, state=b"")
     assert writer.wait(PushFailed).reason == "checksum"
-    assert reader.wait(BlocksFree).blocks == (1,)
-    assert reader.node.rejects() == {"checksum": 1}
 
 
 def test_swapped_pages_are_noticed_and_a_second_push_goes_through(pair: tuple[End, End]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,6 +95,18 @@ class End:
             num_tokens=num_tokens,
         )
 
+    def hold_kv_thread(self) -> Callable[[], None]:
+        """The `kv` thread does nothing until what is returned is called, or for 5 s."""
+        is_held, may_go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            may_go.wait(5)
+
+        self.node._loop.post(hold)
+        assert is_held.wait(5)
+        return may_go.set
+
     def close(self) -> None:
         self.node.stop()
 
@@ -105,6 +120,49 @@ def granted(writer: End, reader: End, xfer: str, blocks: list[int]) -> None:
 
 def fill(region: KVRegion) -> None:
     region.buffer[:] = os.urandom(region.num_bytes)
+
+
+class FlippingRelay:
+    """Passes one tcp connection on to `port`, with one bit of what the caller sends the other way round. A context."""
+
+    def __init__(self, port: int, *, at_byte: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._target = port
+        self._at_byte = at_byte
+        self._socks: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+
+    def __enter__(self) -> FlippingRelay:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self._listener, *self._socks):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _accept(self) -> None:
+        caller, _ = self._listener.accept()
+        target = socket.create_connection(("127.0.0.1", self._target))
+        self._socks += [caller, target]
+        answers = threading.Thread(target=self._pump, args=(target, caller, -1), daemon=True)
+        self._threads.append(answers)
+        answers.start()
+        self._pump(caller, target, self._at_byte)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, at_byte: int) -> None:
+        num_bytes = 0
+        with contextlib.suppress(OSError):
+            while chunk := bytearray(source.recv(1 << 16)):
+                if 0 <= at_byte - num_bytes < len(chunk):
+                    chunk[at_byte - num_bytes] ^= 1
+                num_bytes += len(chunk)
+                sink.sendall(chunk)
+            sink.shutdown(socket.SHUT_WR)
 
 
 class Child:
