@@ -48,6 +48,13 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
             f"and a worker has {kv.num_blocks}",
             f"at least {needed}",
         )
+    engine = settings.engine
+    if engine.speculation_ngram_min > engine.speculation_ngram_max:
+        fault(
+            "engine.speculation_ngram_min",
+            f"{engine.speculation_ngram_min} is more than engine.speculation_ngram_max={engine.speculation_ngram_max}",
+            f"at most {engine.speculation_ngram_max}",
+        )
     if kv.disk_cache_bytes and not kv.host_cache_bytes:
         fault(
             "kv.disk_cache_bytes",

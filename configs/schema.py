@@ -84,6 +84,23 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         bool,
         Meta(description="bfloat16 tokens depend on nothing but their request: not on batch, chunks or a recovery."),
     ] = False
+    speculation: Annotated[
+        Literal["off", "ngram"],
+        Meta(
+            description="Guess the next tokens and verify several in one step; the output stays the same. "
+            "`ngram`: what followed the last tokens earlier in the sequence."
+        ),
+    ] = "off"
+    speculation_tokens: Annotated[int, Meta(ge=1, le=64, description="Guesses of a sequence in one step, at most.")] = 8
+    speculation_ngram_min: Annotated[
+        int, Meta(ge=1, le=16, description="Tokens that must have occurred before, for a guess.")
+    ] = 2
+    speculation_ngram_max: Annotated[
+        int, Meta(ge=1, le=64, description="Of all places where they did, one with so many in common is taken at once.")
+    ] = 5
+    speculation_max_seqs: Annotated[
+        int, Meta(ge=1, le=65536, description="Steps with more sequences guess nothing: they have no time left over.")
+    ] = 4
 
 
 class PrefillSettings(RoleSettings, kw_only=True, forbid_unknown_fields=True):

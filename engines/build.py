@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from configs import RotatingSecrets
-from configs.schema import Settings
+from configs.schema import EngineSettings, Settings
 from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
@@ -25,6 +25,7 @@ from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
 from engines.scheduler.plan import StepPlan
 from engines.scheduler.scheduler import Scheduler
+from engines.speculation.proposer import NgramProposer
 from engines.step_log import StepLog
 from engines.step_timer import OFF, StepProfile, StepTimer, TimedScheduler, timed_send
 from engines.structured.compiler import GrammarCompiler
@@ -116,7 +117,8 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
             grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
         ),
     )
-    scheduler = _scheduler(config.role, settings, pool, cache)
+    proposer = _proposer(settings.engine, model_config, max_model_len)
+    scheduler = _scheduler(config.role, settings, pool, cache, proposer)
     timer: StepTimer = OFF
     if profile := StepProfile.from_environment(config.incarnation):
         timer, scheduler, send = profile, TimedScheduler(scheduler, profile), timed_send(send, profile)
@@ -205,7 +207,21 @@ def page_fingerprint(digest: str, config: ModelShape, block_size: int, dtype: st
     return str(xxhash.xxh3_128_hexdigest(repr((digest, layout, shape, dtype)).encode()))
 
 
-def _scheduler(role: str, settings: Settings, pool: BlockPool, cache: PrefixCache | None) -> Scheduler:
+def _proposer(engine: EngineSettings, config: ModelShape, max_model_len: int) -> NgramProposer | None:
+    if engine.speculation == "off":
+        return None
+    return NgramProposer(
+        max_draft_tokens=engine.speculation_tokens,
+        min_ngram=engine.speculation_ngram_min,
+        max_ngram=engine.speculation_ngram_max,
+        end_token_ids=frozenset(config.eos_token_ids),
+        max_model_len=max_model_len,
+    )
+
+
+def _scheduler(
+    role: str, settings: Settings, pool: BlockPool, cache: PrefixCache | None, proposer: NgramProposer | None
+) -> Scheduler:
     if role == "prefill":
         return PrefillScheduler(
             pool,
@@ -224,4 +240,6 @@ def _scheduler(role: str, settings: Settings, pool: BlockPool, cache: PrefixCach
         max_num_seqs=settings.decode.max_num_seqs,
         max_num_batched_tokens=settings.decode.max_num_batched_tokens,
         watermark_blocks=int(settings.decode.watermark * pool.num_blocks),
+        proposer=proposer,
+        max_draft_seqs=settings.engine.speculation_max_seqs,
     )

@@ -29,8 +29,9 @@ from kvstore import transport as kv
 from kvstore.state.entries import TokenLogprobs
 
 if TYPE_CHECKING:
-    from engines.runner import ModelRunner, SampledTokens
+    from engines.runner import ModelRunner
     from engines.scheduler.scheduler import Scheduler
+    from engines.step_rows import SampledTokens
     from engines.structured.compiler import GrammarCompiler
     from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.clock import Clock
@@ -239,7 +240,7 @@ class EngineCore:
         plan = self._scheduler.schedule(now)
         if plan is None:
             return False
-        self._stale_steps += now - self._lease_s > STALE_LEASE_S
+        self._stale_steps += plan.max_outputs if now - self._lease_s > STALE_LEASE_S else 0
         for rid in {sequence.rid: None for sequence in plan.preempted}:
             self._preempt(rid)
         if not plan.scheduled:
@@ -250,6 +251,7 @@ class EngineCore:
             self._fail(plan, error)
             return True
         self._scheduler.complete(plan, {item.sequence.seq_id: item.token_ids for item in sampled})
+        self._figures.sampled(plan, sampled)
         self._after_step(plan, sampled)
         self._measure(plan, now)
         return True
@@ -298,9 +300,8 @@ class EngineCore:
         self, sequence: Sequence, ids: list[int], logprobs: list[TokenLogprobs] | None, outs: list[TokenOut]
     ) -> None:
         finish = self._finish.of(sequence)
-        outs.append(
-            outputs.token_out(sequence, sequence.choice, len(sequence.output_token_ids) - 1, ids, logprobs, finish)
-        )
+        index = len(sequence.output_token_ids) - len(ids)
+        outs.append(outputs.token_out(sequence, sequence.choice, index, ids, logprobs, finish))
         if finish is not None:
             self._release(sequence)
 

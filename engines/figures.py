@@ -9,11 +9,21 @@ from engines.messages import Stats
 from engines.scheduler.plan import StepPlan
 
 if TYPE_CHECKING:
+    from engines.step_rows import SampledTokens
     from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.tiers import TieredStore
     from kvstore.transport import KVNode
 
 SMOOTHING = 0.1  # weight of the newest step in `step_ms`
+COUNTERS = (
+    "steps",
+    "prompt_tokens",
+    "output_tokens",
+    "busy_s",
+    "draft_steps",
+    "draft_tokens",
+    "kept_draft_tokens",
+)
 
 
 class EngineFigures:
@@ -27,14 +37,23 @@ class EngineFigures:
         self._cache = prefix_cache
         self._tiers = tiers
         self._step_ms = 0.0
-        self._totals = {"steps": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "busy_s": 0.0}
+        self._totals = dict.fromkeys(COUNTERS, 0.0)
 
     def step_done(self, plan: StepPlan, elapsed_s: float) -> None:
         elapsed_ms = elapsed_s * 1e3
         self._step_ms = elapsed_ms if not self._step_ms else self._step_ms + SMOOTHING * (elapsed_ms - self._step_ms)
         self._totals["steps"] += 1
         self._totals["busy_s"] += elapsed_s
-        self._totals["prompt_tokens"] += sum(i.num_new_tokens for i in plan.scheduled if i.num_new_tokens > 1)
+        self._totals["prompt_tokens"] += sum(i.num_known_tokens for i in plan.scheduled if i.num_known_tokens > 1)
+
+    def sampled(self, plan: StepPlan, sampled: list[SampledTokens]) -> None:
+        """Guesses, how many were right, and in how many steps (one per sequence and step) there were some."""
+        guessed = {item.sequence.seq_id: len(item.draft) for item in plan.scheduled if item.draft}
+        if guessed:
+            found = [item for item in sampled if item.sequence.seq_id in guessed]
+            self._totals["draft_steps"] += len(guessed)
+            self._totals["draft_tokens"] += sum(guessed.values())
+            self._totals["kept_draft_tokens"] += sum(len(item.token_ids) - 1 for item in found)
 
     def tokens_out(self, num_tokens: int) -> None:
         self._totals["output_tokens"] += num_tokens

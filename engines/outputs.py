@@ -12,7 +12,7 @@ from engines.transfer_state import TransferState
 from kvstore.state.entries import TokenLogprobs
 
 if TYPE_CHECKING:
-    from engines.runner import SampledTokens
+    from engines.step_rows import SampledTokens
 
 
 def token_out(

@@ -33,7 +33,7 @@ class PackedBatch:
         blocks: list[int] = []
         for item in scheduled:
             end = item.start + item.num_new_tokens
-            ids += item.sequence.token_slice(item.start, end)
+            ids += item.token_ids()
             blocks += item.sequence.block_table[item.start // block_size : (end - 1) // block_size + 1]
         starts = np.array([item.start for item in scheduled], dtype=np.int64)
         counts = np.array([item.num_new_tokens for item in scheduled], dtype=np.int64)

@@ -21,26 +21,12 @@ from engines.models.llama import LlamaModel
 from engines.packed_batch import PackedBatch
 from engines.prompt_scores import PromptScores
 from engines.sampling.prompt_logprobs import score_tokens
-from engines.sampling.row import SamplingRow
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import StepPlan
-from engines.sequence import Sequence
+from engines.step_rows import SampledTokens, StepRows
 from engines.step_timer import OFF, OTHER, StepTimer
-from kvstore.state.entries import TokenLogprobs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """New tokens of a sequence that reached its end: `num_samples` of them, choice `sequence.choice + j` each.
-
-    `logprobs` goes with `token_ids`, or is None where the request wants none.
-    """
-
-    sequence: Sequence
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,34 +129,23 @@ class ModelRunner:
                 raise NonFiniteLogits(request_ids=[sequence.rid])
 
     def _sample(self, plan: StepPlan, hidden: Tensor) -> list[SampledTokens]:
-        ends = np.cumsum([item.num_new_tokens for item in plan.scheduled]) - 1
-        samplers = [(item.sequence, int(end)) for item, end in zip(plan.scheduled, ends, strict=True) if item.samples]
-        logit_of: list[int] = []
-        rows: list[SamplingRow] = []
-        with_rows = [(sequence, end) for sequence, end in samplers if sequence.num_samples > 0]
-        if not with_rows:
-            return [SampledTokens(sequence, [], None) for sequence, _ in samplers]
-        for k, (sequence, _) in enumerate(with_rows):
-            logit_of += [k] * sequence.num_samples
-            rows += [_row(sequence, sequence.choice + j) for j in range(sequence.num_samples)]
+        needs = StepRows.of(plan)
+        if not needs.rows:
+            return needs.result([], [])
         # Decode steps sample every row: nothing to pick then.
-        ended = hidden if len(with_rows) == len(hidden) else hidden[[end for _, end in with_rows]]
+        ended = hidden if len(needs.hidden_rows) == len(hidden) else hidden[needs.hidden_rows]
         logits = self._model.logits(ended)
         self._timer.split("logits")
         # NaN wins every maximum, so one look at the maxima finds all of them.
-        if bool(logits.amax(-1).isnan().any()):
-            broken = logits.amax(-1).isnan().tolist()
-            names = [s.rid for (s, _), is_broken in zip(with_rows, broken, strict=True) if is_broken]
-            raise NonFiniteLogits(request_ids=names)
-        if len(rows) != len(with_rows):
-            logits = logits[logit_of]
-        token_ids, logprobs = self._sampler.sample(logits, rows)
-        sampled, at = [], 0
-        for sequence, _ in samplers:
-            lo, at = at, at + sequence.num_samples
-            found = [entry for entry in logprobs[lo:at] if entry is not None]
-            sampled.append(SampledTokens(sequence, token_ids[lo:at], found or None))
-        return sampled
+        is_nan = logits.amax(-1).isnan()
+        broken = set(is_nan.nonzero().flatten().tolist()) if bool(is_nan.any()) else set()
+        if broken - needs.drafted:
+            raise NonFiniteLogits(request_ids=[needs.rids[i] for i in sorted(broken - needs.drafted)])
+        if broken:
+            logits[is_nan] = 0.0  # behind guesses that may be wrong: whatever is sampled there does not count
+        if len(needs.rows) != len(needs.hidden_rows):
+            logits = logits[needs.logit_of]
+        return needs.result(*self._sampler.sample(logits, needs.rows), broken)
 
 
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:
@@ -179,9 +154,3 @@ def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBack
     make = partial(choose_attention, kv, model.config.num_heads, model.kernels, deterministic=model.is_deterministic)
     windows = model.config.windows
     return WindowedAttention(make, kv, windows) if any(windows) else make()
-
-
-def _row(sequence: Sequence, choice: int) -> SamplingRow:
-    return SamplingRow(
-        sequence.params, sequence.seed, choice, sequence.prompt_token_ids, sequence.output_token_ids, sequence.grammar
-    )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engines.params import SamplingParams
 
 if TYPE_CHECKING:
+    from engines.speculation.proposer import DraftHistory
     from engines.structured.state import GrammarState
 from engines.prompt_scores import PromptScores
 
@@ -28,6 +29,7 @@ class Sequence:
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
         grammar: where its output stands in its constraint; before it is scheduled if it has one, else None.
         prompt_scores: logprobs of the prompt so far, where the request wants them.
+        draft_history: what speculation keeps of it, once it guesses for it.
         epoch: of the ownership it is computed under; its tokens carry it.
     """
 
@@ -49,6 +51,7 @@ class Sequence:
     grammar: GrammarState | None = None
     epoch: int = 0
     prompt_scores: PromptScores | None = None
+    draft_history: DraftHistory | None = None
 
     @property
     def wants_prompt_scores(self) -> bool:

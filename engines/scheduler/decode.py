@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from engines.scheduler.drafts import Drafts, Proposer
 from engines.scheduler.plan import ScheduledSequence, StepPlan
 from engines.scheduler.policy import BlockAllocator, PrefixLookup, order_key
 from engines.scheduler.sequence_blocks import SequenceBlocks
@@ -28,6 +29,7 @@ class DecodeScheduler:
         max_num_seqs: sequences of one step, and those admitted at a time.
         max_num_batched_tokens: tokens of one step.
         watermark_blocks: blocks that admitting leaves free, so that growth does not preempt at once.
+        proposer: guesses tokens for steps of at most `max_draft_seqs` sequences; None: nobody guesses.
     """
 
     def __init__(
@@ -39,8 +41,15 @@ class DecodeScheduler:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         watermark_blocks: int = 0,
+        proposer: Proposer | None = None,
+        max_draft_seqs: int = 8,
     ) -> None:
         self._blocks = SequenceBlocks(pool, prefix_cache, block_size)
+        self._drafts: Drafts | None = None
+        if proposer is not None:
+            self._drafts = Drafts(
+                proposer, self._blocks, max_num_seqs=max_draft_seqs, watermark_blocks=watermark_blocks
+            )
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._watermark_blocks = watermark_blocks
@@ -80,18 +89,24 @@ class DecodeScheduler:
             self._admit(now_s, step)
         if not step.items and not step.preempted:
             return None
+        if self._drafts is not None:
+            self._drafts.add_to(step.items, step.num_tokens_left)
         self._step_id += 1
         return StepPlan(self._step_id, tuple(step.items.values()), tuple(step.preempted))
 
     def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None:
         """The step ran: advance its sequences. The ids of one with several choices are the caller's to fork."""
         for item in plan.scheduled:
-            sequence, is_done, is_prompt = item.sequence, item.samples, item.num_new_tokens > 1
-            sequence.num_computed_tokens = item.start + item.num_new_tokens
+            sequence, is_done, is_prompt = item.sequence, item.samples, item.num_known_tokens > 1
+            sequence.num_computed_tokens = item.start + item.num_known_tokens
             if is_done and is_prompt:
                 self._blocks.remember(sequence)
             if is_done and sequence.num_samples == 1:
-                sequence.output_token_ids.extend(sampled.get(sequence.seq_id, []))
+                ids = sampled.get(sequence.seq_id, [])
+                sequence.output_token_ids.extend(ids)
+                if item.draft and self._drafts is not None:
+                    sequence.num_computed_tokens += len(ids) - 1  # guessed right: their KV is there
+                    self._drafts.settle(item, len(ids))
         self._lacks_blocks = False
 
     def next_wakeup_s(self, now_s: float) -> float | None:
@@ -175,22 +190,22 @@ class _Step:
         self.items: dict[tuple[str, int], ScheduledSequence] = {}
         self.preempted: list[Sequence] = []
         self.dropped: list[Sequence] = []
-        self._num_tokens_left = max_num_tokens
+        self.num_tokens_left = max_num_tokens
         self._max_num_seqs = max_num_seqs
 
     @property
     def is_full(self) -> bool:
-        return self._num_tokens_left <= 0 or len(self.items) >= self._max_num_seqs
+        return self.num_tokens_left <= 0 or len(self.items) >= self._max_num_seqs
 
     def add(self, sequence: Sequence) -> None:
-        num_new_tokens = min(self._num_tokens_left, sequence.num_uncomputed_tokens)
+        num_new_tokens = min(self.num_tokens_left, sequence.num_uncomputed_tokens)
         self.items[sequence.seq_id] = ScheduledSequence(sequence, sequence.num_computed_tokens, num_new_tokens)
-        self._num_tokens_left -= num_new_tokens
+        self.num_tokens_left -= num_new_tokens
 
     def drop(self, sequence: Sequence) -> None:
         item = self.items.pop(sequence.seq_id, None)
         if item is not None:
-            self._num_tokens_left += item.num_new_tokens
+            self.num_tokens_left += item.num_new_tokens
         self.dropped.append(sequence)
 
 

@@ -9,15 +9,30 @@ from engines.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Compute tokens [start, start + num_new_tokens) of `sequence`; sample if that reaches its last token."""
+    """Compute tokens [start, start + num_new_tokens) of `sequence`; sample if that reaches its last token.
+
+    Attributes:
+        draft: guesses of what follows the last token, the end of those tokens; one is sampled behind each.
+    """
 
     sequence: Sequence
     start: int
     num_new_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_known_tokens(self) -> int:
+        """New tokens that are no guesses."""
+        return self.num_new_tokens - len(self.draft)
 
     @property
     def samples(self) -> bool:
-        return self.start + self.num_new_tokens == self.sequence.num_tokens
+        return self.start + self.num_known_tokens == self.sequence.num_tokens
+
+    def token_ids(self) -> list[int]:
+        """The ids to compute, `num_new_tokens` of them."""
+        known = self.sequence.token_slice(self.start, self.start + self.num_known_tokens)
+        return [*known, *self.draft] if self.draft else known
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +53,8 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+    @property
+    def max_outputs(self) -> int:
+        """Tokens that one sequence may get by this step, at most."""
+        return 1 + max((len(item.draft) for item in self.scheduled), default=0)

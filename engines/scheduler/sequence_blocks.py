@@ -58,6 +58,24 @@ class SequenceBlocks:
             return False
         return True
 
+    def stretch(self, sequence: Sequence, num_tokens: int, *, watermark_blocks: int) -> int:
+        """Blocks for up to `num_tokens` more than it has, as long as `watermark_blocks` stay free.
+
+        Returns:
+            How many more its blocks hold.
+        """
+        num_wanted = self._blocks_of(sequence.num_tokens + num_tokens) - len(sequence.block_table)
+        num_new = min(num_wanted, self._pool.num_free - watermark_blocks)
+        if num_new > 0:
+            sequence.block_table = sequence.block_table + self._pool.allocate(num_new)
+        return min(num_tokens, len(sequence.block_table) * self._block_size - sequence.num_tokens)
+
+    def trim(self, sequence: Sequence, *, at_least: int) -> None:
+        """Give back blocks that hold no KV, but keep `at_least`."""
+        num_kept = max(self._blocks_of(sequence.num_computed_tokens), at_least)
+        self._pool.free(sequence.block_table[num_kept:])
+        sequence.block_table = sequence.block_table[:num_kept]
+
     def take_back(self, sequence: Sequence) -> None:
         """Free all its blocks; it has no KV any more."""
         blocks, sequence.block_table, sequence.num_computed_tokens = sequence.block_table, [], 0

@@ -40,6 +40,17 @@ class GrammarState:
             self.fail("its tokens so far do not match it")
         self._ids += new
 
+    def num_allowed(self, output_ids: Sequence[int], guesses: list[int]) -> int:
+        """How many of `guesses`, from the first on, may follow `output_ids`."""
+        self.follow(output_ids)
+        return 0 if self.failure else self.matcher.validate_tokens(guesses)
+
+    def fork(self) -> GrammarState:
+        """A state of its own that stands where this one does."""
+        state = GrammarState(self.matcher.deep_copy())
+        state.failure, state._ids = self.failure, self._ids[:]
+        return state
+
     def fail(self, why: str) -> None:
         if not self.failure:
             self.failure = f"the structured output cannot go on: {why}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engines.factory import build_engine_model
 from engines.kv_region import KVTensor
 from engines.params import SamplingParams
-from engines.runner import ModelRunner, SampledTokens
+from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
 from engines.sequence import Sequence
+from engines.step_rows import SampledTokens
 from kvstore.blocks import BlockPool, PrefixCache
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -32,21 +34,29 @@ class Loop:
 
     @classmethod
     def load(
-        cls, folder: Path, *, num_blocks: int = 256, block_size: int = 8, prefix_caching: bool = True, seed: int = 0
+        cls,
+        folder: Path,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 8,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        deterministic: bool = False,
     ) -> Loop:
-        model, config = build_engine_model(folder, dtype=torch.float32)
+        model, config = build_engine_model(folder, dtype=dtype, deterministic=deterministic)
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
-        region = KVTensor(torch.full(shape, float("nan")))
+        region = KVTensor(torch.full(shape, float("nan"), dtype=dtype))
         pool = BlockPool(num_blocks)
         blocks = pool.allocate(num_blocks)
         random.Random(seed).shuffle(blocks)
         for block in blocks:  # tables with holes and in no order
             pool.free([block])
         cache = PrefixCache(pool, block_size) if prefix_caching else None
-        runner = ModelRunner(model, region, device="cpu", dtype=torch.float32)
+        runner = ModelRunner(model, region, device="cpu", dtype=dtype)
         return cls(runner, region, pool, cache, block_size)
 
-    def decode_scheduler(self, **limits: int) -> DecodeScheduler:
+    def decode_scheduler(self, **limits: Any) -> DecodeScheduler:
         return DecodeScheduler(self.pool, self.cache, self.block_size, **limits)
 
     def prefill_scheduler(self, *, max_num_batched_tokens: int = 2048) -> PrefillScheduler:
@@ -62,7 +72,7 @@ class Loop:
         scheduler.complete(plan, {item.sequence.seq_id: item.token_ids for item in result.sampled})
         return result.sampled
 
-    def generate(self, sequences: list[Sequence], **limits: int) -> list[list[int]]:
+    def generate(self, sequences: list[Sequence], **limits: Any) -> list[list[int]]:
         """Output ids of each sequence, `max_tokens` of them; all blocks are back afterwards."""
         scheduler = self.decode_scheduler(**limits)
         for sequence in sequences:
