@@ -53,8 +53,8 @@ class Outgoing:
     add: Add
     sequence: Sequence
     num_blocks: int  # of our size
-    num_tokens: int  # that the grant must hold, whatever the size of the receiver's blocks
     since_s: float
+    num_tokens: int = 0  # that the grant must hold, whatever the size of the receiver's blocks; 0: what ours hold
     phase: PushPhase = PushPhase.SEEKING
     xfer: str = ""
     node: str = ""
@@ -115,11 +115,11 @@ class HandoffWriter:
 
     # ---------------------------------------------------------------- from the front
     def add(self, add: Add, sequence: Sequence, *, num_blocks: int, num_tokens: int = 0) -> None:
-        """Take a request; it is scheduled when a decode worker has promised room for `num_tokens` (0: for `num_blocks`)."""
+        """Take a request; it is scheduled when a decode worker has promised `num_tokens`, or `num_blocks` of ours."""
         if add.rid in self._by_rid:
             return
         now = self._clock()
-        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, num_tokens, now, stamps_s={"added": now})
+        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, num_tokens, stamps_s={"added": now})
         self.seek()
 
     def set_peers(self, targets: list[Target]) -> None:

@@ -52,9 +52,11 @@ class EnginePair:
         protocol: str = "shm",
         decode_blocks: int = 0,
         flags: Mapping[str, str] | None = None,
+        decode_flags: Mapping[str, str] | None = None,
     ) -> None:
-        """`flags`: settings of both engines, as on a command line."""
+        """`flags`: settings of both engines, as on a command line; `decode_flags`: of the decode engine alone."""
         self._flags = dict(flags or {})
+        self._decode_flags = dict(decode_flags or {})
         self.halves = {
             role: self._build(role, run_dir, model, protocol, decode_blocks) for role in ("prefill", "decode")
         }
@@ -71,6 +73,7 @@ class EnginePair:
             "kv.memory_bytes": "64MiB",
             "run_dir": str(run_dir),
             **self._flags,
+            **(self._decode_flags if role == "decode" else {}),
         }
         settings = configs.load(env={}, flags=flags)
         if role == "decode" and decode_blocks:
