@@ -1,5 +1,6 @@
 # make up      a cluster on this machine, with everything it needs      make up ARGS="--decode 2 --port 9000"
 # make test    all tests                                                make test ARGS="tests/unit -k configs"
+# make test-gate  the exactness gate over every combination of its axes, about an hour
 # make check   lint, types, imports, generated docs
 # make bench   prefill + decode against monolithic workers, same machine
 # Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, ARGS=<flags>
@@ -8,7 +9,7 @@ export TORCH TORCH_INDEX PYTHON
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup up test check docs bench clean
+.PHONY: setup up test test-gate check docs bench clean
 
 setup:
 	@sh .ci/setup
@@ -18,6 +19,9 @@ up: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gate: setup
+	CELERIAC_GATE=all $(BIN)/python -m pytest -q tests/unit/engines/test_gate_axes.py tests/integration/test_gate.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .
