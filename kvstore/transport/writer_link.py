@@ -275,12 +275,13 @@ class WriterLink:
 
         True if there is more to do now.
         """
-        ends_s = self._context.clock() + TURN_S
+        ends_s, has_moved = self._context.clock() + TURN_S, False
         try:
             while self.mover is not None and self.mover.is_ready() and self.jobs:
                 if self._context.clock() >= ends_s:
                     return True
                 self._step(*self.jobs[0])
+                has_moved = True
         except BadFrame as error:
             self.close(error.reason)
         except RdmaError as error:
@@ -288,7 +289,8 @@ class WriterLink:
             self._context.rdma.failed(self.target.incarnation, error, is_final=False)
             self._context.counters["rdma_failures"] += 1
             self.close(error.reason)
-        return False
+        # A window that is full by what was moved in this turn may be empty at its end: look again.
+        return has_moved and bool(self.jobs)
 
     def _step(self, transfer: Transfer, job: Iterator[None]) -> None:
         start_s = self._context.clock()
