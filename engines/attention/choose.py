@@ -34,4 +34,4 @@ def choose_attention(
     if head_dim not in HEAD_DIMS:
         logger.warning("No attention kernel for head_dim %d; torch's is used, slower.", head_dim)
         return TorchAttention(kv)
-    return NativeAttention(kv, num_heads, kernels, deterministic=deterministic)
+    return NativeAttention(kv, num_heads, kernels)

@@ -1,11 +1,10 @@
 """Paged attention in C++: reads pages where they are, nothing is gathered, padded or masked.
 
-    rows with one query      splits of 512 tokens in parallel, merged in order    cpp/decode_attention.h
-    rows with several        tiles of queries in parallel                         cpp/prefill_attention.h
+    rows with one query      splits of 512 tokens in parallel, merged in order    cpp/attention_one.h
+    rows with several        tiles of queries in parallel                         cpp/attention_tile.h
 
-A row's result depends on its own tokens alone: not on the batch, the chunk it comes in or the number of threads. But
-the two kernels add in different orders. `deterministic` sends all rows through the second, so that a token computed in
-a decode step equals the same token computed again in a prompt, bit for bit.
+Both add in the same order. So a query's result depends on its own tokens alone, bit for bit: not on the batch, the
+chunk it comes in or the number of threads, nor on whether it is decoded or computed again in a prompt.
 """
 
 from __future__ import annotations
@@ -60,14 +59,13 @@ class _StepArgs(ctypes.Structure):
 class NativeAttention:
     """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
 
-    def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels, *, deterministic: bool = False) -> None:
+    def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels) -> None:
         _, num_layers, _, num_kv_heads, block_size, head_dim = kv.shape
         assert kv.is_contiguous()
         assert kv.dtype == kernels.dtype
         assert head_dim in HEAD_DIMS, head_dim
         self._kv = kv
         self._kernels = kernels
-        self._deterministic = deterministic
         self._head_dim = head_dim
         self._tile_tokens = max(1, QUERY_ROWS // (num_heads // num_kv_heads))
         self._args = _StepArgs(
@@ -92,12 +90,12 @@ class NativeAttention:
         tables = np.fromiter(
             chain.from_iterable(row.block_table for row in rows), dtype=np.int64, count=int(lengths.sum())
         )
-        is_decode = np.zeros(len(rows), dtype=bool) if self._deterministic else num_new == 1
+        is_decode = num_new == 1
         splits = np.where(is_decode, starts // SPLIT_TOKENS + 1, 0)
         tiles = np.where(is_decode, 0, -(-num_new // self._tile_tokens))
         decode_row, decode_split = _tasks(splits)
         prefill_row, prefill_tile = _tasks(tiles)
-        merge_row = is_decode.nonzero()[0]
+        merge_row = (splits > 1).nonzero()[0]
         self._slots = metadata.slot_mapping
         self._point_at(
             tables=tables,

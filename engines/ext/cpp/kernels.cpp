@@ -1,6 +1,6 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
+#include "attention.h"
 #include "linear.h"
-#include "prefill_attention.h"
 
 using celeriac::bf16;
 using celeriac::Step;
@@ -14,24 +14,15 @@ void linear(const Weight& weight, int64_t rows, const T* x, int64_t x_stride, Ou
   celeriac::linear(rows, weight, x, x_stride, out, weight.num_out);
 }
 
-template <typename T, int D>
-void attend_as(const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out) {
-  if (step.num_decode) celeriac::attend_decode<T, D>(step, layer, q, q_stride, out);
-  if (step.num_prefill) celeriac::attend_prefill<T, D>(step, layer, q, q_stride, out);
-}
-
-// -1: no kernel for this head_dim (also in library.py).
+// -1: no kernel for this head_dim.
 template <typename T>
 int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_t q_stride, T* out) {
-  switch (head_dim) {
-    case 16: attend_as<T, 16>(step, layer, q, q_stride, out); return 0;
-    case 32: attend_as<T, 32>(step, layer, q, q_stride, out); return 0;
-    case 64: attend_as<T, 64>(step, layer, q, q_stride, out); return 0;
-    case 80: attend_as<T, 80>(step, layer, q, q_stride, out); return 0;
-    case 96: attend_as<T, 96>(step, layer, q, q_stride, out); return 0;
-    case 128: attend_as<T, 128>(step, layer, q, q_stride, out); return 0;
-    default: return -1;
-  }
+  const int64_t tasks = (step.num_decode + step.num_prefill) * step.num_kv_heads;
+  const int64_t threads = tasks < step.num_threads ? tasks : step.num_threads;
+  bool is_known = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : is_known)
+  is_known = celeriac::attend_heads(head_dim, step, layer, q, q_stride, out, step.num_heads * head_dim);
+  return is_known ? 0 : -1;
 }
 
 }  // namespace

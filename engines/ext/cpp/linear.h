@@ -86,12 +86,6 @@ void pack_weight(const T* weight, int64_t num_in, int64_t num_out, typename Pair
   }
 }
 
-inline Vec load_words(const void* from) {
-  Vec v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
 // `Rows` rows of one panel. `Streams`: the panel comes from memory.
 template <typename T, typename Out, int Rows, bool Streams>
 inline void multiply_panel(int64_t num_in, const T* x, int64_t x_stride, const typename Pairs<T>::Element* panel,

@@ -28,6 +28,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t VecS __attribute__((vector_size(4 * kLanes)));
 
 struct bf16 {
   uint16_t bits;
@@ -65,6 +66,13 @@ inline Vec load(const bf16* from) {
   return (Vec)(__builtin_convertvector(h, VecU) << 16);
 }
 
+// Bits as they are.
+inline Vec load_words(const void* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline VecH round_bf16(Vec v) {
@@ -100,19 +108,22 @@ struct Sum<2> {
 
 inline float sum(Vec v) { return Sum<kLanes>::of(v); }
 
-// Of each run of 2 * Run lanes of a and then of b: its first or its second half.
-template <int Run, bool Second, int... I>
-inline Vec halves(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / Run * 2 * Run + I % Run + (Second ? Run : 0))...);
+template <bool Second, int... I>
+inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((Second ? kLanes / 2 : 0) + I / 2 + I % 2 * kLanes)...);
 }
 
-// v[0] <- the sums of kLanes vectors, in order: a tree of shuffles, cheaper than one `sum` after another.
-template <int Run = kLanes / 2>
-inline void sums(Vec* v) {
+// Rows to columns of kLanes vectors. Each round moves one bit of the row number to the end of the lane number.
+inline void transpose(Vec* v) {
   constexpr std::make_integer_sequence<int, kLanes> lanes;
-  for (int i = 0; i < Run; i++)
-    v[i] = halves<Run, false>(v[2 * i], v[2 * i + 1], lanes) + halves<Run, true>(v[2 * i], v[2 * i + 1], lanes);
-  if constexpr (Run > 1) sums<Run / 2>(v);
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; i++) {
+      next[2 * i] = interleave<false>(v[i], v[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave<true>(v[i], v[i + kLanes / 2], lanes);
+    }
+    for (int i = 0; i < kLanes; i++) v[i] = next[i];
+  }
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }

@@ -126,13 +126,15 @@ def test_writes_touch_only_their_own_slots(backend: str) -> None:
 class LongSequence:
     """One sequence over several splits and tiles, whose KV is written before."""
 
-    def __init__(self, *, num_tokens: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, *, num_tokens: int, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, num_heads: int = 9
+    ) -> None:
         generator = torch.Generator().manual_seed(5)
         num_blocks = -(-num_tokens // 32)
         self.kv = torch.randn(num_blocks + 4, 1, 2, 3, 32, head_dim, generator=generator).to(dtype)
-        self.q = torch.randn(num_tokens, 9, head_dim, generator=generator).to(dtype)
+        self.q = torch.randn(num_tokens, num_heads, head_dim, generator=generator).to(dtype)
         self.table = list(range(num_blocks))[::-1]
-        self.attention = NativeAttention(self.kv, 9, load_kernels(dtype))
+        self.attention = NativeAttention(self.kv, num_heads, load_kernels(dtype))
 
     def attend(self, *spans: tuple[int, int]) -> list[Tensor]:
         """Outputs of the queries at [lo, hi) of each span, all spans as rows of one step."""
@@ -159,6 +161,21 @@ def test_long_contexts_agree_between_decode_prefill_and_sdpa(dtype: torch.dtype,
 
     torch.testing.assert_close(decoded[0].float(), expected.view(9, head_dim), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(prefilled[-1].float(), expected.view(9, head_dim), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_heads", [3, 9, 33])
+def test_a_decoded_token_equals_the_same_token_of_a_prompt(dtype: torch.dtype, head_dim: int, num_heads: int) -> None:
+    length = 2 * SPLIT_TOKENS + 77
+    sequence = LongSequence(num_tokens=length, head_dim=head_dim, dtype=dtype, num_heads=num_heads)
+    lengths = (*range(1, 70), 128, SPLIT_TOKENS, SPLIT_TOKENS + 1, 2 * SPLIT_TOKENS + 1, length)
+
+    (whole,) = sequence.attend((0, length))
+    decoded = sequence.attend(*((position - 1, position) for position in lengths))
+
+    for position, one in zip(lengths, decoded, strict=True):
+        assert torch.equal(one[0], whole[position - 1]), position
 
 
 def test_native_results_do_not_depend_on_batch_chunk_or_threads() -> None:
