@@ -1,14 +1,15 @@
 """How often tokens depend on who shares the step, and what it costs that they do not.
 
-Two engines are up, with `engine.deterministic` and without. Each generates the same prompts twice: one at a time, and
-many together. Prefix caching is off, so the second time computes everything again. Then their speeds are compared case
-by case, interleaved.
+An engine with `engine.deterministic`, one without, and one without on oneDNN's linears, whose rows do depend on the
+batch, generate the same prompts twice: one at a time, and many together. Prefix caching is off, so the second time
+computes everything again. Then the speeds of the first two are compared case by case, interleaved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Final
 
 from benchmarks.engine_cases import Case
@@ -27,10 +28,27 @@ OUTPUT_LEN: Final = 128
 SEED: Final = 4242
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Of an engine's settings. `is_timed`: it takes part in the comparison of speeds."""
+
+    name: str
+    env: dict[str, str]
+    is_deterministic: bool = False
+    is_timed: bool = False
+
+
+VARIANTS: Final = (
+    Variant("as set", {"CELERIAC_ENGINE__DETERMINISTIC": "false"}, is_timed=True),
+    Variant("onednn linears", {"CELERIAC_ENGINE__DETERMINISTIC": "false", "CELERIAC_ENGINE__LINEAR": "onednn"}),
+    Variant("deterministic", {"CELERIAC_ENGINE__DETERMINISTIC": "true"}, is_deterministic=True, is_timed=True),
+)
+
+
 def measure_determinism(
     spec: SpeedSpec, *, say: Say, num_prompts: int = NUM_PROMPTS, output_len: int = OUTPUT_LEN
 ) -> tuple[list[dict[str, Any]], dict[str, Ratio]]:
-    """Two rows per shape: how many prompts got other tokens in a batch. Ratios: how many times as long each case takes.
+    """A row per shape and variant: how many prompts got other tokens in a batch. Ratios: the cost of determinism.
 
     Raises:
         BenchError: an engine failed, or cannot be deterministic here.
@@ -39,28 +57,21 @@ def measure_determinism(
     ratios: dict[str, Ratio] = {}
     for name in spec.shapes:
         shape = SHAPES[name]
-        with model_folder(shape, say) as model, ExitStack() as stack:
-            say(f"{name}: starting two engines")
-            engines = {
-                is_on: stack.enter_context(
-                    solo_program(
-                        model,
-                        spec.cpus,
-                        spec.dtype,
-                        env={
-                            "CELERIAC_ENGINE__DETERMINISTIC": str(is_on).lower(),
-                            "CELERIAC_KV__ENABLE_PREFIX_CACHING": "false",
-                        },
-                    )
-                )
-                for is_on in (False, True)
-            }
-            for is_on, engine in engines.items():
-                say(f"{name}: {num_prompts} prompts alone, then {BATCH} together, deterministic: {is_on}")
-                alone = _tokens(engine, 1, num_prompts, output_len)
-                together = _tokens(engine, BATCH, num_prompts, output_len)
-                rows.append({**_row(alone, together), **_common(spec, shape, is_on, output_len)})
-            ratios.update(_costs(spec, shape, engines, say))
+        with model_folder(shape, say) as model:
+            engines: dict[bool, Program] = {}
+            with ExitStack() as stack:
+                for variant in VARIANTS:
+                    with ExitStack() as own:
+                        env = {**variant.env, "CELERIAC_KV__ENABLE_PREFIX_CACHING": "false"}
+                        say(f"{name}: {num_prompts} prompts alone, then {BATCH} together, {variant.name}")
+                        engine = own.enter_context(solo_program(model, spec.cpus, spec.dtype, env=env))
+                        alone = _tokens(engine, 1, num_prompts, output_len)
+                        together = _tokens(engine, BATCH, num_prompts, output_len)
+                        rows.append({**_row(alone, together), **_common(spec, shape, variant, output_len)})
+                        if variant.is_timed:
+                            engines[variant.is_deterministic] = engine
+                            stack.enter_context(own.pop_all())
+                ratios.update(_costs(spec, shape, engines, say))
     return rows, ratios
 
 
@@ -89,10 +100,11 @@ def _row(alone: list[list[int]], together: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def _common(spec: SpeedSpec, shape: Shape, is_on: bool, output_len: int) -> dict[str, Any]:
+def _common(spec: SpeedSpec, shape: Shape, variant: Variant, output_len: int) -> dict[str, Any]:
     return {
         "shape": shape.name,
-        "is_deterministic": is_on,
+        "variant": variant.name,
+        "is_deterministic": variant.is_deterministic,
         "dtype": spec.dtype,
         "num_threads": len(spec.cpus),
         "batch": BATCH,

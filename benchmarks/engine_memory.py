@@ -1,9 +1,12 @@
 """Long prompts: what memory an engine needs to compute them in chunks, beyond the model and the prompt's KV.
 
-    peak RSS while the prompt is computed  =  RSS before  +  KV pages touched for the first time  +  working memory
+    peak RSS while the prompt is computed
+        =  RSS before  +  KV and model pages touched for the first time  +  working memory
 
-Working memory holds the activations of one chunk, so it must not grow with the prompt. Linux only: the kernel's own
-figures of the engine process (VmHWM, which is reset before each prompt, and RssShmem, where the KV region is).
+Working memory holds the activations of one chunk, so it must not grow with the prompt. Every prompt has an engine of
+its own, which has only computed a few tokens before, and whose malloc gives freed buffers back at once: freed memory
+that stays with a process would hide what the next prompt takes. Linux only: the kernel's own figures of the engine
+process (VmHWM, which is reset before the prompt; RssShmem, where the KV region is; RssFile, where the files are).
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from benchmarks.engine_speed import solo_program
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 CHUNK_TOKENS: Final = 2048
+WARM_TOKENS: Final = 16
 GROWTH_GOAL: Final = 1.1  # a mask or a block table of a long prompt is longer; activations are not
+_GLIBC: Final = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 _ROOM_TOKENS: Final = 64  # of the context beyond the prompt
 
 
@@ -45,14 +50,16 @@ class Memory:
 
     rss: int
     peak: int
-    shared: int
+    mapped: int  # the KV region and files
 
     @classmethod
     def of(cls, pid: int) -> Memory:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
-        rss, peak, shared = (int(fields[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM", "RssShmem"))
-        return cls(rss, peak, shared)
+        rss, peak, shared, files = (
+            int(fields[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM", "RssShmem", "RssFile")
+        )
+        return cls(rss, peak, shared + files)
 
 
 def quarters(longest: int) -> tuple[int, ...]:
@@ -87,41 +94,38 @@ def kv_bytes(shape: Shape, num_tokens: int, dtype: str) -> int:
 
 def _run_rounds(spec: MemorySpec, shape: Shape, say: Say) -> list[dict[int, dict[str, float]]]:
     longest = spec.lengths[-1]
-    clock = RoundClock(shape.name, num_rounds=spec.num_rounds, num_parts=len(spec.lengths))
+    clock = RoundClock(shape.name, num_rounds=spec.num_rounds, num_parts=len(spec.lengths), has_warm_up=False)
     rounds: list[dict[int, dict[str, float]]] = []
     with ExitStack() as stack:
         model = stack.enter_context(_model(shape, longest + _ROOM_TOKENS, say))
-        say(f"{shape.name}: starting the engine")
         env = {
+            **_GLIBC,
             "CELERIAC_DECODE__MAX_NUM_BATCHED_TOKENS": str(spec.chunk_tokens),
             "CELERIAC_KV__ENABLE_PREFIX_CACHING": "false",
-            "CELERIAC_KV__MEMORY_BYTES": str(2 * kv_bytes(shape, longest + _ROOM_TOKENS, spec.dtype)),
+            "CELERIAC_KV__MEMORY_BYTES": f"{1 + kv_bytes(shape, longest + 2 * _ROOM_TOKENS, spec.dtype) // 2**20}MiB",
         }
-        engine = stack.enter_context(solo_program(model, spec.cpus, spec.dtype, env=env))
-        for k in range(-1, spec.num_rounds):  # round -1 is a warm-up: scratch that is kept is there afterwards
+        for k in range(spec.num_rounds):
             found = {}
             for number, length in enumerate(spec.lengths):
-                found[length] = _measure(engine, length, seed=10 * k + number + 10)
-                text = f"{length} tokens: {_mb(found[length]['working_bytes'])} above model and KV"
+                with solo_program(model, spec.cpus, spec.dtype, env=env) as engine:
+                    found[length] = _measure(engine, length)
+                text = f"{length} tokens: {found[length]['working_bytes'] / 1e6:.0f} MB above model and KV"
                 say(clock.line(k, number, text))
-            if k >= 0:
-                rounds.append(found)
+            rounds.append(found)
     return rounds
 
 
-def _measure(engine: Program, length: int, *, seed: int) -> dict[str, float]:
+def _measure(engine: Program, length: int) -> dict[str, float]:
     pid = int(engine.facts["pid"])
+    job = {"num_requests": 1, "concurrency": 1, "output_len": 1}
+    engine.run({**job, "input_len": WARM_TOKENS, "seed": 1})
     before = _reset_peak(pid)
-    job = {"num_requests": 1, "concurrency": 1, "input_len": length, "output_len": 1, "seed": seed}
-    seconds = float(engine.run(job)["seconds"])
+    seconds = float(engine.run({**job, "input_len": length, "seed": 2})["seconds"])
     after = Memory.of(pid)
-    touched = max(0, after.shared - before.shared)
     return {
         "seconds": seconds,
         "peak_bytes": float(after.peak),
-        "rss_before_bytes": float(before.rss),
-        "kv_touched_bytes": float(touched),
-        "working_bytes": float(max(1, after.peak - before.rss - touched)),
+        "working_bytes": float(after.peak - before.rss - (after.mapped - before.mapped)),
     }
 
 
@@ -156,10 +160,6 @@ def _model(shape: Shape, max_positions: int, say: Say) -> Iterator[Path]:
         say(f"{shape.name}: writing random weights with a context of {max_positions} tokens")
         write_checkpoint(shape, Path(folder), max_positions=max_positions)
         yield Path(folder)
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:.0f} MB"
 
 
 def made_shapes(names: Sequence[str]) -> tuple[Shape, ...]:

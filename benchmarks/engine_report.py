@@ -87,13 +87,14 @@ def determinism_sheets(rows: Sequence[Row]) -> list[Sheet]:
     for row in rows:
         first = row["first_difference"]
         where = f"{first['p50']:.0f}" if row["num_differing"] else ""
-        cells = [row["shape"], "on" if row["is_deterministic"] else "off", str(row["num_prompts"])]
+        cells = [row["shape"], row["variant"], str(row["num_prompts"])]
         lines.append([*cells, f"{row['num_differing']}", where])
-    columns = ("shape", "deterministic", "prompts", "other tokens in a batch", "first difference at token, p50")
+    columns = ("shape", "engine", "prompts", "other tokens in a batch", "first difference at token, p50")
     row = rows[0]
     note = (
         f"{row['dtype']}, {row['num_threads']} threads, {row['output_len']} tokens per prompt, greedy: alone against "
-        f"{row['batch']} at once. A cost is how many times as long the case takes with determinism."
+        f"{row['batch']} at once. `as set`: linears by `engine.linear: auto`. "
+        "A cost is how many times as long the case takes with determinism."
     )
     return [Sheet(columns, lines, [note])]
 
@@ -114,7 +115,7 @@ def memory_sheets(rows: Sequence[Row]) -> list[Sheet]:
     row = rows[0]
     note = (
         f"{row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds, chunks of {row['chunk_tokens']} "
-        "tokens. Working memory: peak RSS, less RSS before the prompt and the KV pages that it touched first."
+        "tokens. Working memory: peak RSS, less RSS before the prompt and the pages of KV and model touched since."
     )
     return [Sheet(columns, lines, [note])]
 

@@ -94,10 +94,10 @@ def test_a_shape_without_a_difference_has_no_place_of_it() -> None:
         "num_prompts": 64,
         "first_difference": {"p10": float("nan"), "p50": float("nan")},
         "num_differing": 0,
-        "is_deterministic": True,
+        "variant": "as set",
     }
 
-    assert determinism_sheets([row])[0].rows == [["135m", "on", "64", "0", ""]]
+    assert determinism_sheets([row])[0].rows == [["135m", "as set", "64", "0", ""]]
 
 
 def test_rivals_are_known_by_name() -> None:
