@@ -38,13 +38,17 @@ MAX_REMEMBERED = 4096  # ended transfers whose result a repeated COMMIT may stil
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What a writer asks for: one all-or-nothing grant."""
+    """What a writer asks for: one all-or-nothing grant.
+
+    `part`: of each block, where several writers fill the same blocks; "" is all of it.
+    """
 
     xfer: str
     rid: str
     epoch: int
     token: str
     num_blocks: int
+    part: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -241,12 +245,12 @@ class GrantTable:
         return actions
 
     def check_invariants(self) -> None:
-        """No block in two grants, no free grant in the table, both indexes agree.
+        """No part of a block in two grants, no free grant in the table, both indexes agree.
 
         Raises:
             AssertionError: a bug; the message names the block or the transfer.
         """
-        holders: dict[int, str] = {}
+        holders: dict[tuple[int, str], str] = {}
         for xfer, grant in self._grants.items():
             assert grant.reservation.xfer == xfer, f"{xfer} holds the grant of {grant.reservation.xfer}"
             assert grant.state is not GrantState.FREE, f"{xfer} is free and still known"
@@ -254,8 +258,9 @@ class GrantTable:
             assert not grant.is_verifying or grant.state is not GrantState.COMMITTED, f"{xfer} is verified twice"
             assert xfer not in self._pending, f"{xfer} is granted and waits for a grant"
             for block_id in grant.blocks:
-                assert block_id not in holders, f"block {block_id} is granted to {holders[block_id]} and {xfer}"
-                holders[block_id] = xfer
+                key = (block_id, grant.reservation.part)
+                assert key not in holders, f"block {block_id} is granted to {holders[key]} and {xfer}"
+                holders[key] = xfer
         assert len(self._by_serial) == len(self._grants), "a serial outlives its grant"
 
     # ---------------------------------------------------------------- private

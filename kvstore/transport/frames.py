@@ -104,6 +104,7 @@ class Reserve(Body, frozen=True, array_like=True):
     epoch: Epoch
     token: Id
     num_blocks: Count
+    group: Annotated[str, msgspec.Meta(max_length=200)] = ""  # of writers that fill the same blocks, each its heads
 
 
 class GrantBody(Body, frozen=True, array_like=True):

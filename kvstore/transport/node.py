@@ -175,12 +175,15 @@ class KVNode:
         num_blocks: int,
         deadline_s: float,
         num_tokens: int = 0,
+        group: str = "",
     ) -> None:
         """Ask `target` for a grant: `GrantReceived` or `GrantRefused` follows.
 
         Args:
             xfer: a new id each time; one that was closed is never used again.
             num_blocks: of our size; `num_tokens` counts if the receiver's are of another. 0: as many as fill ours.
+            group: the same name at all writers of one sequence, each of which holds some of the receiver's heads; like
+                `xfer` a new one each time. Then the receiver's engine is asked once, and sees it arrive once.
             deadline_s: seconds from now; then the transfer is closed, whatever its state.
         """
         for name, value in (("xfer", xfer), ("rid", rid), ("token", token)):
@@ -188,7 +191,7 @@ class KVNode:
                 raise ValueError(f"{name} has {len(value)} characters; expected 1 to {MAX_ID_CHARS}")
         now = self._context.clock()
         ends_s = now + self._context.times.reserve_s
-        transfer = Transfer(xfer, rid, epoch, token, num_blocks, ends_s, now + deadline_s, num_tokens)
+        transfer = Transfer(xfer, rid, epoch, token, num_blocks, ends_s, now + deadline_s, num_tokens, group)
         self._post(lambda: self._writer.reserve(target, transfer))
 
     def push(self, xfer: str, pairs: list[tuple[int, int]], layer_lo: int, layer_hi: int) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvstore.reshard.plan import HeadShare
 from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame, HandshakeRefused, RdmaError
 from kvstore.transport.frames import DataHeader, FrameType, Hello, Proof, Reject, Welcome, frame, parse_body
@@ -144,6 +145,12 @@ class ReaderLink:
         return msgspec.structs.replace(shape, address=region.address, rdma_metadata=self._agent.metadata)
 
     # ---------------------------------------------------------------- use
+    @property
+    def share(self) -> HeadShare | None:
+        """What the peer holds of our heads, if it is not all of them."""
+        conversion = self._handshake.conversion
+        return None if conversion is None or conversion.is_whole else conversion.share
+
     @property
     def is_converted(self) -> bool:
         """The peer keeps KV in another layout than we do."""

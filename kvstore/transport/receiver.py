@@ -7,8 +7,8 @@ engine: ReserveRequested, grant()                        Arrived, settle()      
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from kvstore.blocks import (
     Action,
@@ -46,6 +46,7 @@ from kvstore.transport.frames import (
     parse_data_header,
     split,
 )
+from kvstore.transport.joint import PREFIX, JointGrants
 from kvstore.transport.loop import Loop
 from kvstore.transport.movers import LAST_SLICE_BYTES, SLICE_BYTES
 from kvstore.transport.reader_link import ReaderLink, ReaderPhase
@@ -86,6 +87,7 @@ class ReceiverSide:
         self._loop = loop
         self._links: dict[int, ReaderLink] = {}
         self._landings: dict[str, _Landing] = {}  # of grants in the table
+        self._joint = JointGrants()
         self._verifying: deque[Iterator[None]] = deque()
         self._hashing: deque[Iterator[None]] = deque()
         self._serial = 0
@@ -104,10 +106,35 @@ class ReceiverSide:
 
     # ---------------------------------------------------------------- answers of the engine
     def grant(self, xfer: str, blocks: list[int] | None, reason: str) -> None:
-        self._perform(self.table.answer(xfer, blocks, self._context.clock(), reason=reason))
+        group = self._joint.find(xfer)
+        if group is None:
+            self._answer(xfer, blocks, reason)
+            return
+        group.blocks = None if blocks is None else tuple(blocks)
+        for member in list(group.members):
+            if group.is_over:  # refused, or the first of them had gone before it could write
+                self._answer(member, None, reason or "ended")
+            else:
+                self._answer(member, blocks, reason)
 
     def settle(self, xfer: str, is_handed: bool) -> None:
-        self._perform(self.table.settle(xfer, is_handed=is_handed, now_s=self._context.clock()))
+        group = self._joint.find(xfer)
+        if group is not None:
+            group.is_over, group.incomplete_since_s = True, None
+        for one in [xfer] if group is None else list(group.members):
+            self._perform(self.table.settle(one, is_handed=is_handed, now_s=self._context.clock()))
+
+    def _answer(self, xfer: str, blocks: Sequence[int] | None, reason: str) -> None:
+        taken = None if blocks is None else list(blocks)
+        self._perform(self.table.answer(xfer, taken, self._context.clock(), reason=reason))
+        if blocks is None:
+            self._leave(xfer)
+
+    def _leave(self, xfer: str) -> None:
+        """A member of a group can write no more. With the last one the group's blocks are free."""
+        group = self._joint.leave(xfer)
+        if group is not None and group.blocks is not None:
+            self._context.emit(BlocksFree(group.blocks, group.xfer))
 
     # ---------------------------------------------------------------- ReaderOwner
     def on_frame(self, link: ReaderLink, kind: FrameType, body: bytearray) -> None:
@@ -117,8 +144,7 @@ class ReceiverSide:
             if not 1 <= reserve.num_blocks <= self._context.region.num_blocks:
                 self._perform([SendRefused(link.serial, reserve.xfer, "too_large")])
                 return
-            asked = Reservation(reserve.xfer, reserve.rid, reserve.epoch, reserve.token, reserve.num_blocks)
-            self._perform(self.table.on_reserve(asked, link.serial))
+            self._on_reserve(link, reserve)
         elif kind is FrameType.COMMIT:
             commit = parse_body(kind, body, Commit)
             actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
@@ -136,6 +162,22 @@ class ReceiverSide:
             self.table.on_renew(parse_body(kind, body, Renew).xfers, link.serial, now)
         else:
             raise BadFrame(reason="state", detail=f"{kind.name} from a writer")
+
+    def _on_reserve(self, link: ReaderLink, reserve: Reserve) -> None:
+        asked = Reservation(reserve.xfer, reserve.rid, reserve.epoch, reserve.token, reserve.num_blocks)
+        fault, share, is_member = "", link.share, self._joint.of_member(reserve.xfer) is not None
+        if reserve.xfer.startswith(PREFIX):
+            fault = "duplicate"
+        elif share is not None:
+            asked = replace(asked, part=f"heads {share.dst_lo}..{share.dst_lo + share.num_heads}")
+            fault = self._joint.join(reserve.group, asked, share) if reserve.group else "needs_group"
+        if fault:
+            self._perform([SendRefused(link.serial, reserve.xfer, fault)])
+            return
+        actions = self.table.on_reserve(asked, link.serial)
+        self._perform(actions)
+        if not is_member and any(isinstance(action, SendRefused) for action in actions):
+            self._leave(reserve.xfer)
 
     def page_views(self, link: ReaderLink, header: DataHeader, num_bytes: int) -> list[memoryview]:
         """Bounds first: nothing is written but pages of a grant of this connection, before its COMMIT."""
@@ -208,6 +250,8 @@ class ReceiverSide:
         for link in list(self._links.values()):
             link.tick(now_s)
         self._perform(self.table.tick(now_s))
+        for group in self._joint.stale(now_s - self._context.times.commit_s):
+            self.settle(group.xfer, False)
         after_s = self._context.times.fence_kill_s
         self.overdue = tuple(self._overdue(grant) for grant in self.table.overdue(now_s, after_s=after_s))
         return bool(self._links) or self.table.next_due_s() is not None
@@ -223,17 +267,16 @@ class ReceiverSide:
             self._perform_one(action)
 
     def _perform_one(self, action: Action) -> None:
-        emit = self._context.emit
         match action:
             case AskEngine(xfer):
-                r = self.table.reservation(xfer)
-                emit(ReserveRequested(xfer, r.rid, r.epoch, r.token, r.num_blocks))
+                self._ask(xfer)
             case SendGrant(peer, xfer, grant_id, serial, blocks):
                 self._send(peer, frame(FrameType.GRANT, GrantBody(xfer, grant_id, serial, list(blocks))))
             case SendRefused(peer, xfer, reason):
                 self._send(peer, frame(FrameType.REFUSED, RefusedBody(xfer, reason)))
             case SendHanded(peer, xfer):
                 landing = self._landings.pop(xfer, None)
+                self._joint.leave(xfer)
                 self._send(peer, frame(FrameType.HANDED, HandedBody(xfer, landing.moving_s if landing else 0.0)))
             case SendFence(peer, xfer, grant_id):
                 self._send(peer, frame(FrameType.FENCE, FenceBody(xfer, grant_id)))
@@ -243,7 +286,28 @@ class ReceiverSide:
                 self._deliver(xfer)
             case BlocksReleased(xfer, blocks):
                 self._landings.pop(xfer, None)
-                emit(BlocksFree(blocks, xfer))
+                self._release(xfer, blocks)
+
+    def _ask(self, xfer: str) -> None:
+        """The engine, or for all but the first of a group what the engine has said."""
+        group, r = self._joint.of_member(xfer), self.table.reservation(xfer)
+        if group is not None and group.blocks is not None:
+            self._answer(xfer, group.blocks, "")
+        elif group is None or not group.is_asked:
+            if group is not None:
+                group.is_asked = True
+            name = xfer if group is None else group.xfer
+            self._context.emit(ReserveRequested(name, r.rid, r.epoch, r.token, r.num_blocks))
+
+    def _release(self, xfer: str, blocks: tuple[int, ...]) -> None:
+        """Blocks of a group are free with the last of its members; the loss of one cancels the others."""
+        group = self._joint.of_member(xfer)
+        if group is None:
+            self._context.emit(BlocksFree(blocks, xfer))
+            return
+        self._leave(xfer)
+        for member in list(group.members):
+            self._perform(self.table.settle(member, is_handed=False, now_s=self._context.clock()))
 
     def _send(self, peer: int, data: bytes) -> None:
         link = self._links.get(peer)
@@ -254,20 +318,26 @@ class ReceiverSide:
         grant, landing = self.table.find(xfer), self._landings[xfer]
         commit = landing.commit
         assert grant is not None and commit is not None
-        r = grant.reservation
-        self._context.counters["arrived_bytes"] += commit.num_bytes
+        r, num_bytes, moving_s = grant.reservation, commit.num_bytes, landing.moving_s
+        self._context.counters["arrived_bytes"] += num_bytes
+        group, layout = self._joint.of_member(xfer), self._context.layout
+        if group is not None:
+            assert layout is not None  # or no link could hold a part of the heads
+            group.members[xfer].is_delivered = True
+            landings = [self._landings[member] for member, m in group.members.items() if m.is_delivered]
+            commits = [one.commit for one in landings if one.commit is not None]
+            if group.is_over or any((c.num_tokens, c.state) != (commit.num_tokens, commit.state) for c in commits):
+                self._perform(self.table.settle(xfer, is_handed=False, now_s=self._context.clock()))
+                return
+            if group.num_heads() < layout.num_heads:
+                if group.incomplete_since_s is None:
+                    group.incomplete_since_s = self._context.clock()
+                return
+            group.incomplete_since_s = None
+            xfer, num_bytes = group.xfer, sum(c.num_bytes for c in commits)
+            moving_s = max(one.moving_s for one in landings)
         self._context.emit(
-            Arrived(
-                xfer,
-                r.rid,
-                r.epoch,
-                r.token,
-                grant.blocks,
-                commit.num_tokens,
-                commit.state,
-                commit.num_bytes,
-                landing.moving_s,
-            )
+            Arrived(xfer, r.rid, r.epoch, r.token, grant.blocks, commit.num_tokens, commit.state, num_bytes, moving_s)
         )
 
     def _verify(self, xfer: str) -> Iterator[None]:

@@ -64,6 +64,7 @@ class Transfer:
     reserve_ends_s: float  # no grant by then: give up
     deadline_s: float
     num_tokens: int = 0  # that the grant must hold; 0: as many as `num_blocks` of ours
+    group: str = ""
     state: XferState = XferState.RESERVING
     grant_id: str = ""
     serial: int = 0

@@ -193,7 +193,7 @@ class WriterSide:
     def _send_reserve(self, link: WriterLink, transfer: Transfer) -> None:
         t = transfer
         t.num_dst_blocks = link.num_dst_blocks(t)
-        link.send(frame(FrameType.RESERVE, Reserve(t.xfer, t.rid, t.epoch, t.token, t.num_dst_blocks)))
+        link.send(frame(FrameType.RESERVE, Reserve(t.xfer, t.rid, t.epoch, t.token, t.num_dst_blocks, t.group)))
 
     def _on_grant(self, link: WriterLink, grant: GrantBody) -> None:
         transfer = link.transfers.get(grant.xfer)
