@@ -187,7 +187,7 @@ def _built(values: Mapping[str, Any]) -> Settings:
 
 
 def _fill_paths(settings: Settings, origins: dict[str, str], env: Mapping[str, str]) -> None:
-    """Run folder and secret become absolute: processes of one cluster may run in different folders."""
+    """Run folder, secret and certificates become absolute: processes of one cluster may run in different folders."""
     if not settings.run_dir:
         settings.run_dir = str(default_run_dir(env))
         origins.pop("run_dir", None)
@@ -196,6 +196,9 @@ def _fill_paths(settings: Settings, origins: dict[str, str], env: Mapping[str, s
         settings.secret_file = str(Path(settings.run_dir) / SECRET_FILE)
         origins.pop("secret_file", None)
     settings.secret_file = str(Path(settings.secret_file).expanduser().absolute())
+    for name in ("tls_certificate", "tls_key", "tls_ca"):
+        if path := getattr(settings.transfer, name):
+            setattr(settings.transfer, name, str(Path(path).expanduser().absolute()))
 
 
 def with_values(loaded: Loaded, values: Mapping[str, Any], origin: str) -> Loaded:

@@ -70,6 +70,12 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
         )
     if is_any_address(transfer.advertise_host):
         fault("transfer.advertise_host", f"{transfer.advertise_host} cannot be dialled", "an address of this host")
+    for name in ("tls_certificate", "tls_key", "tls_ca"):
+        is_given = bool(getattr(transfer, name))
+        if transfer.tls == "on" and not is_given:
+            fault(f"transfer.{name}", "is empty, and transfer.tls is on", "a PEM file")
+        if transfer.tls == "off" and is_given:
+            fault(f"transfer.{name}", "would not be used: transfer.tls is off", "transfer.tls=on, or no file")
     if flower.enabled and gateway.port and (gateway.host, gateway.port) == (flower.host, flower.port):
         fault("flower.port", f"{flower.port} is the gateway's port, too", "two different ports")
     if flower.enabled and not is_loopback(flower.host) and not flower.basic_auth:

@@ -152,6 +152,16 @@ class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     advertise_host: Annotated[
         str, Meta(description="Address that other workers dial for KV; empty: `transfer.bind_host`.")
     ] = ""
+    tls: Annotated[
+        Literal["off", "on"],
+        Meta(description="TLS between hosts; each worker shows a certificate. Pages by rdma are not encrypted."),
+    ] = "off"
+    tls_certificate: Annotated[str, Meta(description="PEM file: the certificate of this host.")] = ""
+    tls_key: Annotated[str, Meta(description="PEM file: its private key.")] = ""
+    tls_ca: Annotated[str, Meta(description="PEM file: the CA that signs the workers' certificates.")] = ""
+    tls_check_host: Annotated[
+        bool, Meta(description="The certificate of a dialled worker must name the address that was dialled.")
+    ] = True
     grant_lease_s: Annotated[float, Meta(gt=0, le=3600, description="A grant that nobody renews ends after this.")] = (
         5.0
     )

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from configs import RotatingSecrets
-from configs.schema import EngineSettings, Settings
+from configs.schema import EngineSettings, Settings, TransferSettings
 from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype
@@ -34,7 +34,7 @@ from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
 from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
-from kvstore.transport import KVNode, KVRegion, Times
+from kvstore.transport import KVNode, KVRegion, Times, TlsFiles
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         bind=settings.transfer.bind_host,
         advertise=settings.transfer.advertise_host,
         checksum=settings.transfer.checksum,
+        tls=_tls_files(settings.transfer),
         link_gbps=settings.transfer.gbps,
         times=Times.with_leases(
             grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
@@ -217,6 +218,12 @@ def _proposer(engine: EngineSettings, config: ModelShape, max_model_len: int) ->
         end_token_ids=frozenset(config.eos_token_ids),
         max_model_len=max_model_len,
     )
+
+
+def _tls_files(transfer: TransferSettings) -> TlsFiles | None:
+    if transfer.tls == "off":
+        return None
+    return TlsFiles(transfer.tls_certificate, transfer.tls_key, transfer.tls_ca, transfer.tls_check_host)
 
 
 def _scheduler(

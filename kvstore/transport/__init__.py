@@ -5,7 +5,7 @@ schedulers or Redis: blocks are ids, a request is an opaque id with an epoch and
 """
 
 from kvstore.overdue import OverdueWriter
-from kvstore.transport.errors import BadFrame, HandshakeRefused, RegionError, TransportError
+from kvstore.transport.errors import BadFrame, HandshakeRefused, RegionError, TlsFilesError, TransportError
 from kvstore.transport.events import (
     Arrived,
     BlocksFree,
@@ -21,6 +21,7 @@ from kvstore.transport.events import (
 from kvstore.transport.node import KVNode
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import Times
+from kvstore.transport.tls import TlsFiles
 
 __all__ = [
     "Arrived",
@@ -40,5 +41,7 @@ __all__ = [
     "ReserveRequested",
     "SourceFree",
     "Times",
+    "TlsFiles",
+    "TlsFilesError",
     "TransportError",
 ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from kvstore.transport.errors import BadFrame
+from kvstore.transport.errors import BadFrame, HandshakeRefused
 from kvstore.transport.frames import (
     DATA_HEADER,
     HEADER,
@@ -26,8 +26,9 @@ from kvstore.transport.frames import (
     parse_data_header,
     parse_header,
 )
+from kvstore.transport.tls import Tls, TlsWire
+from kvstore.transport.wire import PlainWire, Wire
 
-MAX_IOV = 512  # the kernel takes 1,024
 READ_BUDGET_BYTES = 8 << 20  # per call, so that one busy link does not starve the others
 CONTROL_LIMIT_BYTES = 64 << 20  # queued to a peer that does not read
 
@@ -56,6 +57,7 @@ class _Incoming:
     length: int = 0
     raw: bytearray = field(default_factory=bytearray)
     header: DataHeader | None = None
+    since_s: float | None = None  # when its first byte came
 
 
 class _Stage(Enum):
@@ -78,6 +80,10 @@ class Connection:
         self.is_greeting = True  # small frames only, and descriptors may come
         self.fds: list[int] = []
         self._sock = sock
+        self._wire: Wire = PlainWire(sock)
+        self._is_broken = False  # TLS that has failed: nothing can be said any more
+        self._out_since_s: float | None = None  # when its first frame came to be the first
+        self._out_head_bytes = 0
         self._out: deque[_Outgoing] = deque()
         self._out_bytes = 0
         self._in = _Incoming()
@@ -105,9 +111,37 @@ class Connection:
         pid, uid, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return pid, uid
 
+    def accept_tls(self, tls: Tls) -> None:
+        """Before anything is read: the peer must begin with TLS."""
+        self._use(tls.accept(self._sock))
+
+    def dial_tls(self, tls: Tls, host: str) -> None:
+        """Before anything is sent, over a socket that is connected. `host`: whom the certificate must name."""
+        self._use(tls.dial(self._sock, host))
+
+    def _use(self, wire: TlsWire) -> None:
+        self._wire, self._sock = wire, wire.sock  # of the same descriptor
+
     @property
     def num_queued_bytes(self) -> int:
         return self._out_bytes
+
+    @property
+    def wants_write(self) -> bool:
+        wanted = self._wire.wants_write
+        return self._out_bytes > 0 if wanted is None or self._is_broken else wanted
+
+    def check_pace(self, now_s: float, *, grace_s: float, min_bytes_per_s: float) -> None:
+        """A peer that sends or takes a frame byte by byte must not hold what belongs to the frame for ever.
+
+        Raises:
+            BadFrame: a frame has taken longer than `grace_s` and its length at `min_bytes_per_s` (`too_slow`).
+        """
+        frames = (("coming", self._in.since_s, self._in.length), ("going", self._out_since_s, self._out_head_bytes))
+        for name, since_s, num_bytes in frames:
+            if since_s is not None and now_s - since_s > grace_s + num_bytes / min_bytes_per_s:
+                taken_s = now_s - since_s
+                raise BadFrame(reason="too_slow", detail=f"a frame of {num_bytes} bytes is {name} for {taken_s:.1f} s")
 
     @property
     def is_closed(self) -> bool:
@@ -147,29 +181,55 @@ class Connection:
         return any(item.tag == tag for item in self._out)
 
     def flush(self, now_s: float) -> None:
-        """Send what the socket takes. Raises OSError: the connection is gone."""
+        """Send what the socket takes. Raises OSError, HandshakeRefused: the connection is gone."""
         with contextlib.suppress(BlockingIOError):
+            self._come_up()
             while self._out:
+                if self._out_since_s is None:
+                    self._out_since_s, self._out_head_bytes = now_s, self._out[0].num_bytes
                 self._send_some(now_s)
 
+    def _come_up(self) -> None:
+        try:
+            self._wire.come_up()
+        except HandshakeRefused as error:
+            self._break(error)
+            raise
+
+    def _break(self, error: HandshakeRefused) -> None:
+        """TLS has failed: what waits is not said. Only a peer that does not speak TLS can still be told why."""
+        self._out.clear()
+        self._out_bytes = 0
+        if error.reason == "not_tls":
+            self._wire = PlainWire(self._sock)
+        else:
+            self._is_broken = True
+
     def _queue(self, item: _Outgoing) -> None:
+        if self._is_broken:
+            return
         self._out.append(item)
         self._out_bytes += item.num_bytes
 
     def _send_some(self, now_s: float) -> None:
         views: list[memoryview] = []
+        limit = self._wire.max_views
         for item in self._out:
             if item.fds and views:
                 break
-            views.extend(view for view, _ in zip(item.views, range(MAX_IOV - len(views)), strict=False))
-            if item.fds or len(views) >= MAX_IOV:
+            views.extend(view for view, _ in zip(item.views, range(limit - len(views)), strict=False))
+            if item.fds or len(views) >= limit:
                 break
         first = self._out[0]
         if first.fds:
             num_sent = socket.send_fds(self._sock, views, list(first.fds))
             first.fds = ()
         else:
-            num_sent = self._sock.sendmsg(views)
+            try:
+                num_sent = self._wire.send(views)
+            except BlockingIOError:
+                first.is_started = first.is_started or self._wire.is_resending
+                raise
         self.last_sent_s = now_s
         self._out_bytes -= num_sent
         while num_sent:
@@ -183,23 +243,29 @@ class Connection:
             num_sent -= len(view)
             if not item.views:
                 self._out.popleft()
+                self._out_since_s = None
 
     # ---------------------------------------------------------------- in
     def read(self, sink: PageSink, now_s: float) -> Iterator[tuple[FrameType, bytearray | DataHeader]]:
         """Whole frames that are there: (type, body), or (DATA, header) when its pages have landed.
 
         Raises:
-            BadFrame, EOFError, OSError: the connection must be closed.
+            BadFrame, HandshakeRefused (TLS), EOFError, OSError: the connection must be closed.
         """
         budget = READ_BUDGET_BYTES
-        while budget > 0:
+        while budget > 0 or self._wire.num_buffered_bytes:
             try:
                 num_bytes = self._receive()
             except BlockingIOError:
                 return
+            except HandshakeRefused as error:
+                self._break(error)
+                raise
             if num_bytes == 0:
                 raise EOFError("closed by the peer")
             self.last_heard_s = now_s
+            if self._in.since_s is None:
+                self._in.since_s = now_s
             budget -= num_bytes
             if not self._in.targets:
                 done = self._advance(sink)
@@ -208,14 +274,14 @@ class Connection:
 
     def _receive(self) -> int:
         targets = self._in.targets
-        views = [view for view, _ in zip(targets, range(MAX_IOV), strict=False)]
+        views = [view for view, _ in zip(targets, range(self._wire.max_views), strict=False)]
         if self.is_greeting and self._sock.family == socket.AF_UNIX:
             num_bytes, ancillary, _, _ = self._sock.recvmsg_into(views, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     self.fds += memoryview(payload[: len(payload) // 4 * 4]).cast("i").tolist()
         else:
-            num_bytes = self._sock.recvmsg_into(views)[0] if len(views) > 1 else self._sock.recv_into(views[0])
+            num_bytes = self._wire.receive(views)
         left = num_bytes
         while left:
             view = targets.popleft()
@@ -253,6 +319,7 @@ class Connection:
             self._stage = _Stage.PAGES
             return None
         body = incoming.header if incoming.kind is FrameType.DATA and incoming.header else incoming.raw
+        incoming.length, incoming.since_s = 0, None
         self._expect(_Stage.HEADER, HEADER.size)
         return incoming.kind, body
 
@@ -262,12 +329,12 @@ class Connection:
         self._out.clear()
         self._out_bytes = 0
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)  # that of TLS would let plain text through
 
     def discard(self) -> None:
         """Read and throw away. Raises EOFError or OSError when the peer has closed."""
         with contextlib.suppress(BlockingIOError):
-            while self._sock.recv(1 << 16):
+            while socket.socket.recv(self._sock, 1 << 16):  # below TLS, which may have failed
                 pass
             raise EOFError("closed by the peer")
 

@@ -4,6 +4,7 @@
     ├── BadFrame           a peer sent what the protocol does not allow: that connection is closed, counted by `reason`
     ├── HandshakeRefused   a peer does not fit or does not know the secret: typed, told to the other side
     ├── RegionError        the KV region cannot be made, or a peer's region is not what it said
+    ├── TlsFilesError      a certificate, key or CA file cannot be used
     └── RdmaError          NIXL cannot be used here or with this peer, or a write of it failed
 
 None of them reaches a request: the node turns them into `GrantRefused` and `PushFailed` events.
@@ -31,7 +32,7 @@ class BadFrame(TransportError):
 
 
 class HandshakeRefused(TransportError):
-    """`reason` is version, auth, incompatible, incarnation, credentials, or what a newer peer may add."""
+    """`reason` is version, auth, incompatible, incarnation, credentials, one of `tls`, or what a newer peer may add."""
 
     def __init__(self, *, reason: str, detail: str = "") -> None:
         super().__init__(
@@ -40,6 +41,19 @@ class HandshakeRefused(TransportError):
         )
         self.reason = reason
         self.detail = detail
+
+
+class TlsFilesError(TransportError):
+    """A file of `transfer.tls` cannot be used."""
+
+    def __init__(self, *, setting: str, path: str, what: str) -> None:
+        super().__init__(
+            f"{setting}: {path!r} cannot be used ({what}). Expected a PEM file: a certificate and its private key, "
+            "signed by the CA of the cluster (docs/security.md)."
+        )
+        self.setting = setting
+        self.path = path
+        self.what = what
 
 
 class RegionError(TransportError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvstore.clock import Clock
 from kvstore.transport.connection import Connection
+from kvstore.transport.tls import Tls
 
 BACKLOG = 128
 ACCEPTS_PER_TURN = 16  # a storm of connections must not starve transfers
@@ -60,8 +61,8 @@ class UnixListener:
 class TcpListener:
     """A Handler of the loop."""
 
-    def __init__(self, accept: Accept, clock: Clock, *, bind: str, protocol: str = "tcp") -> None:
-        self._accept, self._clock, self._protocol = accept, clock, protocol
+    def __init__(self, accept: Accept, clock: Clock, *, bind: str, tls: Tls | None, protocol: str = "tcp") -> None:
+        self._accept, self._clock, self._tls, self._protocol = accept, clock, tls, protocol
         self._sock = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TCP_BUFFER_BYTES)  # inherited by what it accepts
@@ -76,7 +77,14 @@ class TcpListener:
 
     def on_readable(self, now_s: float) -> None:
         for sock in _accepted(self._sock):
-            self._accept(Connection(sock, self._protocol, now_s))
+            connection = Connection(sock, self._protocol, now_s)
+            try:
+                if self._tls is not None:
+                    connection.accept_tls(self._tls)
+            except OSError:  # it is gone already
+                connection.close()
+            else:
+                self._accept(connection)
 
     def on_writable(self, now_s: float) -> None:  # noqa: ARG002  (a Handler's method; a listener never writes)
         return None

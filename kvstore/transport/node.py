@@ -31,6 +31,7 @@ from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.receiver import ReceiverSide
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import NodeContext, Times, host_id
+from kvstore.transport.tls import Tls, TlsFiles
 from kvstore.transport.transfers import Transfer
 from kvstore.transport.writer import WriterSide
 
@@ -55,7 +56,12 @@ class KVNode:
         run_dir: where the unix socket goes.
         bind: address of the tcp listeners (that of rdma carries its control frames).
         advertise: host that peers dial instead of `bind`, such as this one's address where `bind` is 0.0.0.0.
+        tls: certificates; connections to other hosts then begin with TLS, and those that do not are refused.
         link_gbps: what the network between hosts should do, until transfers have shown it; 0 takes the table's.
+
+    Raises:
+        TlsFilesError: a certificate, its key or the CA cannot be used.
+        RdmaError: `rdma` is the only protocol, and it cannot be used here.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class KVNode:
         bind: str = "127.0.0.1",
         advertise: str = "",
         checksum: bool = True,
+        tls: TlsFiles | None = None,
         link_gbps: float = 0.0,
         times: Times | None = None,
         layout: KVLayout | None = None,
@@ -101,6 +108,7 @@ class KVNode:
             layout=layout,
             host_id=own_host_id,
             rdma=rdma,
+            tls=None if tls is None else Tls(tls),
             links=LinkEstimates(own_host_id=own_host_id, gbps=link_gbps),
         )
         self._run_dir = run_dir
@@ -126,11 +134,12 @@ class KVNode:
             self._listeners.append(unix)
             unix_path = unix.path
         if "tcp" in context.protocols:
-            tcp = TcpListener(self._receiver.accept, context.clock, bind=self._bind)
+            tcp = TcpListener(self._receiver.accept, context.clock, bind=self._bind, tls=context.tls)
             self._listeners.append(tcp)
             tcp_port = tcp.port
         if context.rdma is not None:
-            control = TcpListener(self._receiver.accept, context.clock, bind=self._bind, protocol="rdma")
+            accept, tls = self._receiver.accept, context.tls
+            control = TcpListener(accept, context.clock, bind=self._bind, tls=tls, protocol="rdma")
             self._listeners.append(control)
             rdma_port = control.port
             self._loop.add(context.rdma.pacer)

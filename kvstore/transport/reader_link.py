@@ -81,11 +81,13 @@ class ReaderLink:
 
     @property
     def wants_write(self) -> bool:
-        return self._connection.num_queued_bytes > 0
+        return self._connection.wants_write
 
     def on_writable(self, now_s: float) -> None:
         try:
             self._connection.flush(now_s)
+        except HandshakeRefused as error:
+            self._refuse(error, now_s)
         except OSError:
             # The reading side decides: frames of the writer that are still in the socket come first.
             self._connection.end_output()
@@ -183,6 +185,11 @@ class ReaderLink:
                 self.send(frame(FrameType.HEARTBEAT))
             if not self._is_written_by_peer and silent_s >= times.tcp_silence_s:
                 self.close()  # we write no more of what may come: that is proof, silence is not
+                return
+            try:
+                self._connection.check_pace(now_s, grace_s=times.frame_grace_s, min_bytes_per_s=times.min_bytes_per_s)
+            except BadFrame as error:
+                self.fail(error)
                 return
             is_silent = silent_s >= times.silence_s
             if is_silent and not self._is_silent:

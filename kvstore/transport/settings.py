@@ -16,6 +16,7 @@ from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event
 from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.region import KVRegion
+from kvstore.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class NodeContext:
     times: Times = field(default_factory=Times)
     layout: KVLayout | None = None
     host_id: str = ""
+    tls: Tls | None = None  # under all connections but those of this host
     rdma: RdmaNode | None = None  # where `protocols` has it
     links: LinkEstimates = field(default_factory=lambda: LinkEstimates(own_host_id=""))
     counters: Counter[str] = field(default_factory=Counter)

@@ -107,6 +107,8 @@ class WriterLink:
             protocol=connection.protocol,
             layout=context.layout,
         )
+        if context.tls is not None and connection.protocol != "shm":
+            connection.dial_tls(context.tls, self.target.tcp_host)
         connection.send(frame(FrameType.HELLO, self._handshake.hello))
         return True
 
@@ -117,7 +119,7 @@ class WriterLink:
     @property
     def wants_write(self) -> bool:
         connection = self._connection
-        return connection is not None and (self.phase is LinkPhase.DIALLING or connection.num_queued_bytes > 0)
+        return connection is not None and (self.phase is LinkPhase.DIALLING or connection.wants_write)
 
     @property
     def protocol(self) -> str:
@@ -131,6 +133,8 @@ class WriterLink:
             return
         try:
             connection.flush(now_s)
+        except HandshakeRefused as error:
+            self._refused(error)
         except OSError as error:
             self.close(f"channel_lost: {error.strerror}")
 
@@ -145,13 +149,7 @@ class WriterLink:
                 if self.phase is LinkPhase.CLOSED:
                     return
         except TransportError as error:
-            reason = getattr(error, "reason", "region")
-            if reason == "no_rdma" and self._candidates:
-                self._fall_back(error)
-                return
-            self._context.reject(reason, error, peer=self.target.incarnation)
-            self.fault_detail = getattr(error, "detail", "")
-            self.close(reason)
+            self._refused(error)
         except (EOFError, OSError) as error:
             self.close(f"channel_lost: {error}")
 
@@ -240,6 +238,16 @@ class WriterLink:
         self._drop_connection()
         self.dial()
 
+    def _refused(self, error: TransportError) -> None:
+        """By this side or the other: the reason is counted, and told to the engine."""
+        reason = getattr(error, "reason", "region")
+        if reason == "no_rdma" and self._candidates:
+            self._fall_back(error)
+            return
+        self._context.reject(reason, error, peer=self.target.incarnation)
+        self.fault_detail = getattr(error, "detail", "")
+        self.close(reason)
+
     # ---------------------------------------------------------------- use
     def num_dst_blocks(self, transfer: Transfer) -> int:
         """Blocks of the receiver's size to ask it for."""
@@ -310,7 +318,13 @@ class WriterLink:
             return
         if now_s - connection.last_heard_s >= times.silence_s:
             self.close("silent")
-        elif now_s - self._last_beat_s >= times.heartbeat_s:
+            return
+        try:
+            connection.check_pace(now_s, grace_s=times.frame_grace_s, min_bytes_per_s=times.min_bytes_per_s)
+        except BadFrame as error:
+            self._refused(error)
+            return
+        if now_s - self._last_beat_s >= times.heartbeat_s:
             self._last_beat_s = now_s
             self.send(frame(FrameType.HEARTBEAT))
 

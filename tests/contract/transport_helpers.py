@@ -21,6 +21,7 @@ from kvstore.address import KVAddress
 from kvstore.reshard import KVLayout
 from kvstore.transport import Event, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
 from kvstore.transport.rdma import nixl_version
+from kvstore.transport.tls import TlsFiles
 from tests.contract.transport_peer import COMPAT, LAYER_BYTES, NUM_BLOCKS, NUM_LAYERS, SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,7 @@ class End:
         secret: bytes | Callable[[], Sequence[bytes]] = SECRET,
         compat: str = COMPAT,
         times: Times | None = None,
+        tls: TlsFiles | None = None,
         layout: KVLayout | None = None,
     ) -> None:
         num_layers, layer_bytes = (layout.num_layers, layout.layer_bytes) if layout else (NUM_LAYERS, LAYER_BYTES)
@@ -53,6 +55,7 @@ class End:
             protocols=protocols,
             run_dir=run_dir,
             times=times,
+            tls=tls,
             layout=layout,
         )
         self.address = self.node.start()

@@ -134,6 +134,16 @@ def test_settings_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None
     assert any("flower.basic_auth" in fault for fault in faults)
 
 
+def test_tls_needs_its_files_and_files_need_tls(tmp_path: Path) -> None:
+    faults = faults_of("transfer:\n  tls: on\n  tls_key: node.key\n", tmp_path)
+    assert [fault.count("transfer.tls is on") for fault in faults] == [1, 1]
+    assert any("transfer.tls_certificate" in fault for fault in faults)
+    assert any("transfer.tls_ca" in fault for fault in faults)
+    (fault,) = faults_of("transfer:\n  tls_ca: ca.pem\n", tmp_path)
+    assert "transfer.tls_ca" in fault
+    assert "would not be used" in fault
+
+
 def test_listening_everywhere_needs_an_address_that_peers_can_dial(tmp_path: Path) -> None:
     (fault,) = faults_of("transfer:\n  bind_host: 0.0.0.0\n", tmp_path)
     assert "transfer.advertise_host" in fault

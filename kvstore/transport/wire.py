@@ -1,0 +1,55 @@
+"""The bytes under a connection: a plain socket, or TLS over one. Neither blocks, neither copies what pages hold."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Wire(Protocol):
+    """`max_views`: more than so many are not looked at in one call."""
+
+    max_views: int
+    is_resending: bool  # after BlockingIOError the next `send` must offer the very same bytes
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        """Bytes taken, from the first view on. Raises BlockingIOError, OSError."""
+        ...
+
+    def receive(self, views: Sequence[memoryview]) -> int:
+        """Bytes put into the views; 0: the peer has closed. Raises BlockingIOError, OSError."""
+        ...
+
+    def come_up(self) -> None:
+        """What it takes before the first byte. Raises BlockingIOError, HandshakeRefused, OSError."""
+        ...
+
+    @property
+    def wants_write(self) -> bool | None:
+        """What a wire that is not up yet waits for; None: it is up, ask whoever has something to send."""
+        ...
+
+    @property
+    def num_buffered_bytes(self) -> int:
+        """Bytes that `receive` has for us and epoll does not know of."""
+        ...
+
+
+class PlainWire:
+    max_views = 512  # the kernel takes 1,024
+    is_resending = False
+    wants_write = None
+    num_buffered_bytes = 0
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def come_up(self) -> None:
+        return None
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        return socket.socket.sendmsg(self._sock, views)  # not that of an SSLSocket, if it is one
+
+    def receive(self, views: Sequence[memoryview]) -> int:
+        return self._sock.recvmsg_into(views)[0] if len(views) > 1 else self._sock.recv_into(views[0])
