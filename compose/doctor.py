@@ -23,6 +23,7 @@ from kvstore.errors import KVStoreError
 from kvstore.state.embedded import binary_path
 from kvstore.state.server_facts import server_facts
 from kvstore.transport.measure import measure_links
+from kvstore.transport.rdma import device_names, nixl_version
 
 Verdict = Literal["ok", "warn", "fail"]
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
@@ -173,4 +174,17 @@ def _transports() -> list[Check]:
         text = f"{speed.gigabytes_per_s:.2f} GB/s, {speed.memcpy_ratio:.0%} of memcpy"
         figures = {"gb_per_s": speed.gigabytes_per_s, "memcpy_ratio": speed.memcpy_ratio}
         checks.append(Check(f"transport {protocol}", "ok", text, figures))
-    return checks
+    return [*checks, _rdma()]
+
+
+def _rdma() -> Check:
+    """Not measured: without a device it is one more way over tcp, and a link between hosts needs two of them."""
+    version, devices = nixl_version(), device_names()
+    if not version:
+        verdict: Verdict = "warn" if devices else "ok"
+        return Check("transport rdma", verdict, f"NIXL is not installed; {_named(devices)}")
+    return Check("transport rdma", "ok", f"{version}; {_named(devices)}")
+
+
+def _named(devices: list[str]) -> str:
+    return f"devices {', '.join(devices)}" if devices else "no RDMA device, `auto` does without it"

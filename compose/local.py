@@ -24,6 +24,7 @@ from compose.preflight import (
     check_model,
     check_ports,
     check_redis,
+    check_transfer,
     check_workers,
 )
 from compose.readiness import flower_url, gateway_url
@@ -146,6 +147,7 @@ def _with_machine(loaded: Loaded, report: Report) -> tuple[Loaded, int]:
     settings, found = loaded.settings, Findings()
     check_workers(settings, found)
     check_ports(settings, found)
+    check_transfer(settings, found)
     check_model(settings, Path(settings.model.path), found)
     check_hardware(settings, found)
     facts = check_redis(settings, found) if is_external(loaded) else None

@@ -19,6 +19,8 @@ from engines.errors import ModelError
 from engines.models.context import context_length
 from kvstore.errors import StateUnavailable
 from kvstore.state.server_facts import ServerFacts, server_facts
+from kvstore.transport.errors import RdmaError
+from kvstore.transport.rdma import usable_protocols
 
 MIN_REDIS: Final = (7, 0)
 MIN_VALKEY: Final = (7, 2)
@@ -49,6 +51,14 @@ def check_ports(settings: Settings, found: Findings) -> None:
             found.problems.append(
                 f"{name}: {problem}. Expected to listen on {host}:{port}; free it, or choose another `{name}.port`."
             )
+
+
+def check_transfer(settings: Settings, found: Findings) -> None:
+    """What `transfer.protocol` asks for is installed."""
+    try:
+        usable_protocols(settings.transfer.protocol)
+    except RdmaError as error:
+        found.problems.append(f"transfer.protocol: {error.detail}. Expected that, or `auto`, `shm` or `tcp`.")
 
 
 def check_redis(settings: Settings, found: Findings) -> ServerFacts | None:

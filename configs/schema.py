@@ -134,7 +134,9 @@ class BothSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class TransferSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How KV moves between workers."""
 
-    protocol: Annotated[Protocol, Meta(description="`auto`: the best that both sides have.")] = "auto"
+    protocol: Annotated[
+        Protocol, Meta(description="`auto`: the best that both sides have. `rdma` needs the extra `rdma`.")
+    ] = "auto"
     gbps: Annotated[
         float, Meta(ge=0, le=10_000, description="Gbit/s between hosts, until transfers have shown it; 0: unknown.")
     ] = 0.0

@@ -20,7 +20,6 @@ UNREAD: Final[Mapping[str, tuple[Callable[[Any], bool] | None, str]]] = {
     "decode.tensor_parallel_size": (lambda n: n > 1, "tensor parallel engines are not built yet"),
     "prefill.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "decode.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
-    "transfer.protocol": (lambda protocol: protocol == "rdma", "the rdma transport is not built yet"),
     "decode.max_batch_size": (_any_but_default, "sequences join one by one, `decode.max_num_seqs` is the limit"),
 }
 

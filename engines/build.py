@@ -35,6 +35,7 @@ from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
 from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
 from kvstore.transport import KVNode, KVRegion, Times, TlsFiles
+from kvstore.transport.rdma import usable_protocols
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         secret=RotatingSecrets(settings, config.secret),
         compat=compat_of(folder, digest),
         layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
-        protocols=("shm", "tcp") if settings.transfer.protocol == "auto" else (settings.transfer.protocol,),
+        protocols=usable_protocols(settings.transfer.protocol),
         run_dir=settings.run_dir,
         bind=settings.transfer.bind_host,
         advertise=settings.transfer.advertise_host,

@@ -33,12 +33,16 @@ def nixl_version() -> str:
         return ""
 
 
-def has_device() -> bool:
-    """An RDMA device that the kernel knows, software ones included."""
+def device_names() -> list[str]:
+    """RDMA devices that the kernel knows, software ones included."""
     try:
-        return any(DEVICES.iterdir())
+        return sorted(path.name for path in DEVICES.iterdir())
     except OSError:
-        return False
+        return []
+
+
+def has_device() -> bool:
+    return bool(device_names())
 
 
 def usable_protocols(setting: str) -> tuple[str, ...]:
