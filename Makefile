@@ -2,14 +2,18 @@
 # make test    all tests                                                make test ARGS="tests/unit -k configs"
 # make test-gate  the exactness gate over every combination of its axes, about an hour
 # make check   lint, types, imports, generated docs
+# make fuzz   what a KV peer may send: 1,000,000 executions              make fuzz FUZZ="--seconds 30"
+# make faults 10,000 injected faults over real KV nodes                 make faults FAULTS="--faults 500 --seed 7"
 # make bench   prefill + decode against monolithic workers, same machine
 # Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, ARGS=<flags>
 
 export TORCH TORCH_INDEX PYTHON
 ARGS ?=
+FUZZ ?= --runs 1000000
+FAULTS ?= --faults 10000 --seed 1
 BIN := .venv/bin
 
-.PHONY: setup up test test-gate check docs bench clean
+.PHONY: setup up test test-gate check docs fuzz faults bench clean
 
 setup:
 	@sh .ci/setup
@@ -32,6 +36,9 @@ check: setup
 
 docs: setup
 	$(BIN)/python -m compose.reference
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: setup
 	$(BIN)/celeriac bench compare $(ARGS)

@@ -77,6 +77,7 @@ class Connection:
         self.protocol = protocol
         self.last_heard_s = now_s
         self.last_sent_s = now_s
+        self.expects_welcome = False  # the end that dials, of one that knows the secret: it may be larger
         self.is_greeting = True  # small frames only, and descriptors may come
         self.fds: list[int] = []
         self._sock = sock
@@ -301,7 +302,8 @@ class Connection:
         incoming = self._in
         if self._stage is _Stage.HEADER:
             incoming.kind, incoming.length = parse_header(incoming.raw)
-            limit = MAX_LENGTH[FrameType.WELCOME if incoming.kind is FrameType.WELCOME else FrameType.HELLO]
+            is_welcome = self.expects_welcome and incoming.kind is FrameType.WELCOME
+            limit = MAX_LENGTH[FrameType.WELCOME if is_welcome else FrameType.HELLO]
             if self.is_greeting and (incoming.length > limit or incoming.kind is FrameType.DATA):
                 raise BadFrame(
                     reason="state", detail=f"{incoming.kind.name} of {incoming.length} bytes in the handshake"

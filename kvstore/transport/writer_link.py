@@ -109,6 +109,7 @@ class WriterLink:
         )
         if context.tls is not None and connection.protocol != "shm":
             connection.dial_tls(context.tls, self.target.tcp_host)
+        connection.expects_welcome = True
         connection.send(frame(FrameType.HELLO, self._handshake.hello))
         return True
 
