@@ -34,7 +34,8 @@ OUTPUT_WIDTH: Final = 120
 @click.option("--mib", type=click.IntRange(1, 4096), default=64, show_default=True, help="MiB of one transfer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def kv(rounds: int, mib: int, as_json: bool) -> None:
-    """Measure KV transfers: shm and tcp, large and 16 KiB blocks, with and without checksum, 1 to 4 pairs at once.
+    """Measure KV transfers: shm and tcp, large and 16 KiB blocks, with and without checksum, 1 to 4 pairs at once; and
+    pairs of unlike layouts: half of the heads, blocks of 16 into 32 tokens, bfloat16 into float32, compressed.
 
     Time of a transfer: from the push until the writer knows that the KV was handed over. Of a notice: from the push of
     64 KiB until the receiving engine has heard that it is there; its checksum is on.
@@ -87,6 +88,9 @@ def summarize_rounds(measured: Mapping[str, Any]) -> tuple[list[dict[str, Any]],
     ratios = {
         f"{name}_vs_memcpy": paired_ratio(seconds["memcpy"], seconds[name], goal=goal) for name, goal in GOALS.items()
     }
+    for name in ("shm_heads", "shm_blocks", "shm_widen", "tcp_heads", "tcp_blocks", "tcp_widen"):
+        if name in seconds:
+            ratios[f"{name}_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds[name])
     ratios["tcp_16k_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds["tcp_16k"])
     for protocol, goal_us in NOTICE_GOAL_US.items():
         per_round_us = [percentile(one["notice_s"][protocol], 0.5) * 1e6 for one in rounds]

@@ -1,7 +1,8 @@
 """Nodes of two processes for measuring: a writer here, readers in a process of their own.
 
     python -m kvstore.transport.measure_pair <folder> <name> <specs as JSON>     the reader
-One memfd serves all nodes of a process: a node differs in protocol, checksum and size of its blocks, not in bytes.
+One memfd serves all nodes of a process: a node differs in protocol, checksum and layout of its blocks, not in bytes.
+Names of writers begin with w.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Final
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.reshard import KVLayout
 from kvstore.transport.events import Arrived, Event, GrantReceived, Handed, PushFailed, Refused, ReserveRequested
 from kvstore.transport.node import KVNode
 from kvstore.transport.region import KVRegion
@@ -35,6 +37,20 @@ class NodeSpec(msgspec.Struct, frozen=True, array_like=True):
     num_blocks: int
     has_checksum: bool
     is_scattered: bool
+    layouts: tuple[KVLayout, KVLayout] | None = None  # of the writer and the reader; `num_blocks` are the writer's
+    num_tokens: int = 0
+
+    def layout(self, side: str) -> KVLayout | None:
+        if self.layouts is None:
+            return None
+        return self.layouts[0 if side.startswith("w") else 1]
+
+    def num_bytes(self, side: str) -> int:
+        """Of the region."""
+        layout = self.layout(side)
+        if layout is None:
+            return self.num_blocks * self.block_bytes
+        return -(-self.num_tokens // layout.block_size) * layout.num_layers * layout.layer_bytes
 
 
 class Memory:
@@ -43,14 +59,18 @@ class Memory:
     def __init__(self, num_bytes: int) -> None:
         self.whole = KVRegion.create(1, 1, num_bytes)
 
-    def region(self, spec: NodeSpec) -> KVRegion:
-        fd = os.dup(self.whole.fd)
-        return KVRegion(fd, num_blocks=spec.num_blocks, num_layers=1, layer_bytes=spec.block_bytes)
+    def region(self, spec: NodeSpec, side: str) -> KVRegion:
+        fd, layout = os.dup(self.whole.fd), spec.layout(side)
+        if layout is None:
+            return KVRegion(fd, num_blocks=spec.num_blocks, num_layers=1, layer_bytes=spec.block_bytes)
+        num_blocks = -(-spec.num_tokens // layout.block_size)
+        return KVRegion(fd, num_blocks=num_blocks, num_layers=layout.num_layers, layer_bytes=layout.layer_bytes)
 
     def node(self, spec: NodeSpec, *, side: str, folder: str) -> KVNode:
         return KVNode(
             incarnation=f"{side}-{spec.name}",
-            region=self.region(spec),
+            region=self.region(spec, side),
+            layout=spec.layout(side),
             secret=SECRET,
             compat=spec.name,
             protocols=(spec.protocol,),
@@ -108,7 +128,14 @@ class Writer:
         self._num_transfers += 1
         xfer = f"{kind}:{self.spec.name}:{self._num_transfers}"
         self._node.reserve(
-            self._target, xfer, rid=xfer, epoch=1, token="t", num_blocks=num_blocks, deadline_s=STEP_TIMEOUT_S
+            self._target,
+            xfer,
+            rid=xfer,
+            epoch=1,
+            token="t",
+            num_blocks=num_blocks,
+            deadline_s=STEP_TIMEOUT_S,
+            num_tokens=self.spec.num_tokens if num_blocks == self.spec.num_blocks else 0,
         )
         self._wait(GrantReceived)
         return xfer
@@ -117,8 +144,8 @@ class Writer:
         """Push and commit all blocks. Returns the time of the call."""
         blocks = self._order
         start_s = time.monotonic()
-        self._node.push(xfer, [(block, place) for place, block in enumerate(blocks)], 0, 1)
-        self._node.commit(xfer, src_blocks=blocks, num_tokens=len(blocks), state=b"")
+        self._node.push(xfer, [(block, place) for place, block in enumerate(blocks)], 0, self._node.num_layers)
+        self._node.commit(xfer, src_blocks=blocks, num_tokens=self.spec.num_tokens or len(blocks), state=b"")
         return start_s
 
     def end(self) -> float:
@@ -158,7 +185,7 @@ class Writer:
 
 
 def _read(folder: str, name: str, specs: list[NodeSpec]) -> None:
-    memory = Memory(max(spec.num_blocks * spec.block_bytes for spec in specs))
+    memory = Memory(max(spec.num_bytes(name) for spec in specs))
     nodes: dict[int, tuple[NodeSpec, KVNode]] = {}
     addresses = []
     stdin = sys.stdin.fileno()

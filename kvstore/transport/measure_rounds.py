@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from kvstore.transport.measure_pair import Memory, NodeSpec, ReaderProcess, Writer
+from kvstore.transport.measure_unlike import unlike_specs
 from kvstore.transport.region import KVRegion
 
 PROTOCOLS: Final = ("shm", "tcp")
@@ -55,6 +56,7 @@ def specs(num_bytes: int) -> list[NodeSpec]:
             NodeSpec(f"{protocol}_contiguous_checked", protocol, LARGE_BYTES, large, True, False),
             NodeSpec(f"{protocol}_16k", protocol, SMALL_BYTES, small, False, True),
             NodeSpec(f"{protocol}_16k_checked", protocol, SMALL_BYTES, small, True, True),
+            *unlike_specs(protocol, num_bytes),
         ]
     return found
 
@@ -64,7 +66,7 @@ def measure_rounds(num_rounds: int, num_bytes: int) -> Rounds:
     wanted = specs(num_bytes)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="celeriac-kv-"))
-        memory, other = Memory(num_bytes), Memory(num_bytes)
+        memory, other = Memory(max(spec.num_bytes("w") for spec in wanted)), Memory(num_bytes)
         readers = [
             stack.enter_context(ReaderProcess(wanted if k == 0 else _plain(wanted), folder=folder, name=f"r{k}"))
             for k in range(MAX_PAIRS)
@@ -110,7 +112,7 @@ def _crowd_case(crowd: list[Writer]) -> Case:
 
 def _memcpy(own: KVRegion, other: KVRegion) -> float:
     start_s = time.monotonic()
-    ctypes.memmove(other.address, own.address, own.num_bytes)
+    ctypes.memmove(other.address, own.address, other.num_bytes)
     return time.monotonic() - start_s
 
 
