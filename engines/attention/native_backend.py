@@ -82,6 +82,11 @@ class NativeAttention:
         self._arrays = np.empty(0, dtype=np.int64)
         self._partials = torch.empty(0)
 
+    @property
+    def step_address(self) -> int:
+        """Of the `Step` that `begin_step` filled, for kernels that attend themselves."""
+        return self._address
+
     def begin_step(self, metadata: AttentionMetadata) -> None:
         rows = metadata.rows
         starts = np.array([row.start for row in rows], dtype=np.int64)

@@ -35,6 +35,7 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type
     "pack_weight": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64]),
     "linear": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "linear_wide": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
+    "run_layers": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
 
@@ -49,6 +50,7 @@ class Kernels:
         self.norm = _function(library, "norm", dtype)
         self.silu_mul = _function(library, "silu_mul", dtype)
         self.rotate = _function(library, "rotate", dtype)
+        self.run_layers = _function(library, "run_layers", dtype)
         self.packed_size = _function(library, "packed_size", dtype)
         self.pack_weight = _function(library, "pack_weight", dtype)
         self.linear = _function(library, "linear", dtype)

@@ -17,11 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engines.attention.backend import AttentionBackend
+from engines.attention.native_backend import NativeAttention
 from engines.ext.library import Kernels
 from engines.ext.row_ops import NativeRowOps
 from engines.linear.backend import Linear, LinearBackend
 from engines.linear.torch_linear import TorchBackend
 from engines.models.config import ModelConfig
+from engines.models.native_stack import NativeStack
 from engines.models.rope import RopeTable
 from engines.models.row_ops import RowOps, TorchRowOps
 
@@ -97,6 +99,8 @@ class LlamaModel:
         self._layers = tuple(_Layer(layer, linear) for layer in weights.layers)
         self._lm_head: Linear = linear.make(weights.lm_head)
         self._rows: RowOps = TorchRowOps() if kernels is None else NativeRowOps(kernels)
+        # All layers in one call, where linears and attention are C++.
+        self.stack = NativeStack.of(config, self._layers, kernels)
         self._rope = RopeTable(
             config.rope,
             head_dim=config.head_dim,
@@ -129,6 +133,13 @@ class LlamaModel:
         rows, eps = self._rows, self.config.rms_norm_eps
         hidden = F.embedding(ids, self._embed)
         cos, sin = self._rope.at(positions)
+        if self.stack is not None and isinstance(attention, NativeAttention):
+            for lo in range(0, num_layers, group):
+                hi = min(lo + group, num_layers)
+                self.stack.run(lo, hi, hidden, cos, sin, attention)
+                if on_layers is not None:
+                    on_layers(lo, hi)
+            return hidden
         delta: Tensor | None = None
         reported = 0
         for index, layer in enumerate(self._layers):

@@ -1,8 +1,8 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
-#include "attention.h"
-#include "linear.h"
+#include "stack.h"
 
 using celeriac::bf16;
+using celeriac::Stack;
 using celeriac::Step;
 using celeriac::Weight;
 
@@ -47,6 +47,10 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
   extern "C" void rotate_##NAME(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_stride,         \
                                 const T* cos, const T* sin, int64_t num_threads) {                                   \
     celeriac::rotate(num_tokens, num_heads, size, x, x_stride, cos, sin, num_threads);                               \
+  }                                                                                                                  \
+  extern "C" void run_layers_##NAME(const Stack* stack, const Step* step, int64_t lo, int64_t hi, T* hidden,         \
+                                    const T* cos, const T* sin) {                                                    \
+    celeriac::run_layers(*stack, *step, lo, hi, hidden, cos, sin);                                                   \
   }                                                                                                                  \
   extern "C" int64_t packed_size_##NAME(int64_t num_in, int64_t num_out) {                                           \
     return celeriac::num_panels(num_out) * celeriac::panel_size<T>(num_in) * celeriac::Pairs<T>::kPair;              \

@@ -56,21 +56,26 @@ struct Pages {
   }
 };
 
-// Scatter keys and values, `[num_tokens, num_kv_heads, D]` with rows that are `stride` elements apart.
+// Keys and values of one token, heads side by side, to their slot.
+template <typename T>
+inline void write_kv_token(const Step& step, int64_t layer, int64_t head_dim, int64_t t, const T* k, const T* v) {
+  const int64_t page = step.block_size * head_dim, half = step.num_kv_heads * page;
+  const int64_t block = step.slots[t] / step.block_size, offset = step.slots[t] % step.block_size;
+  T* to = static_cast<T*>(step.kv) + (block * step.num_layers + layer) * 2 * half + offset * head_dim;
+  for (int64_t h = 0; h < step.num_kv_heads; h++) {
+    std::memcpy(to + h * page, k + h * head_dim, sizeof(T) * head_dim);
+    std::memcpy(to + half + h * page, v + h * head_dim, sizeof(T) * head_dim);
+  }
+}
+
+// Those of all tokens, which are `stride` elements apart.
 template <typename T>
 void write_kv(const Step& step, int64_t layer, int64_t head_dim, const T* k, int64_t k_stride, const T* v,
               int64_t v_stride) {
-  const int64_t page = step.block_size * head_dim, half = step.num_kv_heads * page;
   const int threads = threads_for(step.num_tokens * step.num_kv_heads * head_dim * 2, step.num_threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < step.num_tokens; t++) {
-    const int64_t block = step.slots[t] / step.block_size, offset = step.slots[t] % step.block_size;
-    T* to = static_cast<T*>(step.kv) + (block * step.num_layers + layer) * 2 * half + offset * head_dim;
-    for (int64_t h = 0; h < step.num_kv_heads; h++) {
-      std::memcpy(to + h * page, k + t * k_stride + h * head_dim, sizeof(T) * head_dim);
-      std::memcpy(to + half + h * page, v + t * v_stride + h * head_dim, sizeof(T) * head_dim);
-    }
-  }
+  for (int64_t t = 0; t < step.num_tokens; t++)
+    write_kv_token(step, layer, head_dim, t, k + t * k_stride, v + t * v_stride);
 }
 
 }  // namespace celeriac

@@ -49,50 +49,54 @@ void norm(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_s
                out + t * out_stride + h * size);
 }
 
-// out[t, i] = silu(gate_up[t, i]) * gate_up[t, size + i]
+// to[i] = silu(gate_up[i]) * gate_up[size + i]
+template <typename T>
+inline void silu_mul_token(int64_t size, const T* gate_up, T* to) {
+  const int64_t whole = size - size % kLanes;
+  const T* up = gate_up + size;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Vec g = load(gate_up + i);
+    store(to + i, g / (1.0f + exp(-g)) * load(up + i));
+  }
+  for (int64_t i = whole; i < size; i++) {
+    float g = to_float(gate_up[i]);
+    store(to + i, g / (1.0f + std::exp(-g)) * to_float(up[i]));
+  }
+}
+
 template <typename T>
 void silu_mul(int64_t num_tokens, int64_t size, const T* gate_up, T* out, int64_t num_threads) {
   const int threads = threads_for(num_tokens * size, num_threads);
-  const int64_t whole = size - size % kLanes;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < num_tokens; t++) {
-    const T* gate = gate_up + t * 2 * size;
-    const T* up = gate + size;
-    T* to = out + t * size;
+  for (int64_t t = 0; t < num_tokens; t++) silu_mul_token(size, gate_up + t * 2 * size, out + t * size);
+}
+
+// Turn each head of x in place by the angles of its token; pairs are (i, i + size / 2). cos, sin: [size].
+template <typename T>
+inline void rotate_token(int64_t num_heads, int64_t size, T* x, const T* cos, const T* sin) {
+  const int64_t half = size / 2, whole = half - half % kLanes;
+  for (int64_t h = 0; h < num_heads; h++) {
+    T *low = x + h * size, *high = low + half;
     for (int64_t i = 0; i < whole; i += kLanes) {
-      Vec g = load(gate + i);
-      store(to + i, g / (1.0f + exp(-g)) * load(up + i));
+      Vec a = load(low + i), b = load(high + i);
+      store(low + i, a * load(cos + i) - b * load(sin + i));
+      store(high + i, b * load(cos + half + i) + a * load(sin + half + i));
     }
-    for (int64_t i = whole; i < size; i++) {
-      float g = to_float(gate[i]);
-      store(to + i, g / (1.0f + std::exp(-g)) * to_float(up[i]));
+    for (int64_t i = whole; i < half; i++) {
+      float a = to_float(low[i]), b = to_float(high[i]);
+      store(low + i, a * to_float(cos[i]) - b * to_float(sin[i]));
+      store(high + i, b * to_float(cos[half + i]) + a * to_float(sin[half + i]));
     }
   }
 }
 
-// Turn each head of x in place by its token's angles; pairs are (i, i + size / 2). cos, sin: [num_tokens, size].
 template <typename T>
 void rotate(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_stride, const T* cos, const T* sin,
             int64_t num_threads) {
   const int threads = threads_for(num_tokens * num_heads * size, num_threads);
-  const int64_t half = size / 2, whole = half - half % kLanes;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < num_tokens; t++) {
-    const T *c = cos + t * size, *s = sin + t * size;
-    for (int64_t h = 0; h < num_heads; h++) {
-      T *low = x + t * x_stride + h * size, *high = low + half;
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        Vec a = load(low + i), b = load(high + i);
-        store(low + i, a * load(c + i) - b * load(s + i));
-        store(high + i, b * load(c + half + i) + a * load(s + half + i));
-      }
-      for (int64_t i = whole; i < half; i++) {
-        float a = to_float(low[i]), b = to_float(high[i]);
-        store(low + i, a * to_float(c[i]) - b * to_float(s[i]));
-        store(high + i, b * to_float(c[half + i]) + a * to_float(s[half + i]));
-      }
-    }
-  }
+  for (int64_t t = 0; t < num_tokens; t++)
+    rotate_token(num_heads, size, x + t * x_stride, cos + t * size, sin + t * size);
 }
 
 }  // namespace celeriac
