@@ -40,6 +40,9 @@ docs: setup
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
+faults: setup
+	$(BIN)/python -m tests.faults $(FAULTS)
+
 bench: setup
 	$(BIN)/celeriac bench compare $(ARGS)
 
