@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.reshard.dtypes import Words, from_float32, to_bfloat16, to_float32
+from kvstore.reshard.dtypes import WORD_TYPES, Words, from_float32, to_bfloat16, to_float32
+from kvstore.reshard.native import native_rows
 
 LARGEST: Final = {"int8": 127.0, "fp8": 448.0}  # what the largest value of a token and head becomes
 
@@ -28,6 +29,11 @@ def compressed_bytes(shape: tuple[int, ...]) -> int:
 
 def compress(words: Words, dtype: str, kind: str, out: NDArray[np.uint8]) -> None:
     """Values of `dtype`, `[..., block_size, head_dim]`, into `out`, `compressed_bytes(words.shape)` bytes."""
+    native = native_rows()
+    if native is not None:
+        table = _fp8_table() if kind == "fp8" else None
+        if native.compress(np.ascontiguousarray(words), dtype, 1 / LARGEST[kind], table, out):
+            return
     values = to_float32(words, dtype)
     scales = np.abs(values).max(axis=-1) * np.float32(1 / LARGEST[kind])
     divisors = np.where(scales > 0, scales, np.float32(1))
@@ -42,6 +48,11 @@ def compress(words: Words, dtype: str, kind: str, out: NDArray[np.uint8]) -> Non
 
 def expand(packed: NDArray[np.uint8], shape: tuple[int, ...], dtype: str, kind: str) -> Words:
     """Words of `dtype` with this shape out of what `compress` made."""
+    native = native_rows()
+    if native is not None:
+        words: Words = np.empty(shape, dtype=WORD_TYPES[dtype])
+        if native.expand(packed, dtype, _fp8_values() if kind == "fp8" else None, words):
+            return words
     num_scale_bytes = 4 * (int(np.prod(shape)) // shape[-1])
     scales = packed[:num_scale_bytes].view(np.float32).reshape(shape[:-1])
     small = packed[num_scale_bytes:].reshape(shape)

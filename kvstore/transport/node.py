@@ -91,6 +91,10 @@ class KVNode:
         if layout is not None and (layout.num_layers, layout.layer_bytes) != (region.num_layers, region.layer_bytes):
             shape = f"{region.num_layers} layers of {region.layer_bytes} bytes"
             raise ValueError(f"{layout} is not the layout of a region of {shape}")
+        if layout is not None and layout.compression != "none":
+            from kvstore.reshard.native import native_rows  # numpy: only where KV is compressed
+
+            native_rows()  # here, because a `kv` thread that compiles looks dead to its peers
         self.num_layers = region.num_layers
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: deque[Event] = deque()

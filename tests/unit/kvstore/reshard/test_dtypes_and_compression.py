@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.reshard import compress as compress_module
 from kvstore.reshard.compress import _fp8_table, _fp8_values, compress, compressed_bytes, expand
 from kvstore.reshard.dtypes import convert, to_bfloat16, to_float32
 
@@ -88,3 +89,33 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(kind: str) -> None:
     got = expand(packed, values.shape, "float32", kind).view(np.float32)
     assert not got[0].any()
     assert not np.isfinite(got[1:]).any(), "damage was made to look sound"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_ends_come_to_the_same_bytes_with_and_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+) -> None:
+    if compress_module.native_rows() is None:
+        pytest.skip("there is no compiler")
+    random = np.random.default_rng(4)
+    bits = random.integers(0, 1 << 32, (40, 2, 16, 33), dtype=np.uint32)  # all floats there are, NaN and infinite too
+    values = np.concatenate([bits.view(np.float32), random.standard_normal((40, 2, 16, 33)).astype(np.float32)])
+    words = values.view(np.uint32) if dtype == "float32" else to_bfloat16(values)
+    found = []
+    for _ in range(2):
+        packed = np.empty(compressed_bytes(words.shape), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            compress(words, dtype, kind, packed)
+            expanded = expand(packed, words.shape, dtype, kind)
+        found.append((packed, expanded))
+        monkeypatch.setattr(compress_module, "native_rows", lambda: None)
+    (packed, expanded), (packed_plain, expanded_plain) = found
+    num_scale_bytes = 4 * (words.size // 33)
+    scales, scales_plain = (p[:num_scale_bytes].view(np.float32) for p in (packed, packed_plain))
+    assert np.array_equal(scales, scales_plain, equal_nan=True)
+    is_sound = np.isfinite(scales)
+    codes, codes_plain = (p[num_scale_bytes:].reshape(-1, 33)[is_sound] for p in (packed, packed_plain))
+    assert (codes == codes_plain).all()
+    flat, flat_plain = (e.reshape(-1, 33)[is_sound] for e in (expanded, expanded_plain))
+    assert (flat == flat_plain).all()
