@@ -34,7 +34,7 @@ from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
 from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
-from kvstore.transport import KVNode, KVRegion, Times, TlsFiles
+from kvstore.transport import KVNode, KVRegion, Times, TlsFiles, start_touching
 from kvstore.transport.rdma import usable_protocols
 
 
@@ -95,6 +95,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
             max_model_len=max_model_len,
         )
     region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
+    start_touching(region.shared)
     pool = BlockPool(num_blocks)
     digest = weights_digest(folder)
     cache = tiers = None

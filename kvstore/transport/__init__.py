@@ -22,6 +22,7 @@ from kvstore.transport.node import KVNode
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import Times
 from kvstore.transport.tls import TlsFiles
+from kvstore.transport.touch import start_touching
 
 __all__ = [
     "Arrived",
@@ -44,4 +45,5 @@ __all__ = [
     "TlsFiles",
     "TlsFilesError",
     "TransportError",
+    "start_touching",
 ]

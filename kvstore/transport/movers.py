@@ -19,6 +19,7 @@ from kvstore.transport.transfers import Transfer
 
 SLICE_BYTES = 4 << 20
 LAST_SLICE_BYTES = 1 << 20
+MIN_TOLD_BYTES = 256 << 10  # telling the receiver costs more than it gains if there is less to hash
 TCP_FRAME_BYTES = 1 << 20
 TCP_WINDOW_BYTES = 4 << 20  # queued per link: more would only delay FENCED and heartbeats behind it
 
@@ -75,7 +76,7 @@ class _InOrder:
 
 
 class ShmMover(_InOrder):
-    """Copies between two mappings, without the GIL. Tells the peer of each slice, so that it hashes beside us."""
+    """Copies between two mappings, without the GIL. Tells the peer of large slices, so that it hashes beside us."""
 
     def __init__(self, own: KVRegion, peer: KVRegion, connection: Connection) -> None:
         self._own, self.peer, self._connection = own, peer, connection
@@ -91,10 +92,12 @@ class ShmMover(_InOrder):
             own.ops.copy(
                 own.pages, self.peer.pages, sources, targets, first=first, lo=layer_lo, hi=layer_hi, cells=cells
             )
-            if cells is not None:
+            num_bytes = run_bytes * count
+            if cells is not None and (num_bytes >= MIN_TOLD_BYTES or transfer.is_told):
+                transfer.is_told = True  # and of every later slice: one that was hashed may be written again
                 header = DataHeader(transfer.serial, transfer.epoch, first, count, layer_lo, layer_hi)
                 self._connection.send(pushed_frame(header))
-            yield run_bytes * count
+            yield num_bytes
 
 
 class TcpMover(_InOrder):

@@ -96,6 +96,7 @@ class KVNode:
 
             native_rows()  # here, because a `kv` thread that compiles looks dead to its peers
         self.num_layers = region.num_layers
+        self.page_ops = region.ops.name  # made here: to compile it would stop the kv thread for seconds
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: deque[Event] = deque()
         own_host_id = host_id()

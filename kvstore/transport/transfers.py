@@ -71,6 +71,7 @@ class Transfer:
     dst_blocks: array[int] = field(default_factory=lambda: array("q"))  # as many as asked for, of the receiver's size
     num_dst_blocks: int = 0
     progress: Progress | None = None  # over a link that converts
+    is_told: bool = False  # the receiver has been told of some slices (shm)
     cells: CellDigests | None = None  # of what was pushed; None: nothing is hashed while it moves
     num_bytes: int = 0
     busy_s: float = 0.0

@@ -6,6 +6,8 @@ import socket
 from collections.abc import Sequence
 from typing import Protocol
 
+AHEAD_BYTES = 4096
+
 
 class Wire(Protocol):
     """`max_views`: more than so many are not looked at in one call."""
@@ -37,13 +39,17 @@ class Wire(Protocol):
 
 
 class PlainWire:
+    """Reads ahead where little is asked for: headers and bodies of small frames come by one call. Pages never do."""
+
     max_views = 512  # the kernel takes 1,024
     is_resending = False
     wants_write = None
-    num_buffered_bytes = 0
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._ahead = memoryview(bytearray(AHEAD_BYTES))
+        self._unread = self._ahead[:0]
+        self._is_dry = False  # the last call took all there was; only epoll knows of more
 
     def come_up(self) -> None:
         return None
@@ -51,5 +57,25 @@ class PlainWire:
     def send(self, views: Sequence[memoryview]) -> int:
         return socket.socket.sendmsg(self._sock, views)  # not that of an SSLSocket, if it is one
 
+    @property
+    def num_buffered_bytes(self) -> int:
+        return len(self._unread)
+
     def receive(self, views: Sequence[memoryview]) -> int:
-        return self._sock.recvmsg_into(views)[0] if len(views) > 1 else self._sock.recv_into(views[0])
+        if self._is_dry and not self._unread:
+            self._is_dry = False
+            raise BlockingIOError
+        if not self._unread:
+            if len(views) > 1:
+                return self._sock.recvmsg_into(views)[0]
+            if len(views[0]) >= AHEAD_BYTES:
+                return self._sock.recv_into(views[0])
+            num_bytes = self._sock.recv_into(self._ahead)
+            self._unread, self._is_dry = self._ahead[:num_bytes], 0 < num_bytes < AHEAD_BYTES
+        num_taken = 0
+        for view in views:
+            count = min(len(view), len(self._unread))
+            view[:count] = self._unread[:count]
+            self._unread = self._unread[count:]
+            num_taken += count
+        return num_taken
