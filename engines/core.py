@@ -82,7 +82,11 @@ class EngineCore:
         self._kv = node
         self._finish = finish_rule
         self._intake = Intake(
-            max_model_len=finish_rule.max_model_len, num_blocks=pool.num_blocks, block_size=block_size, clock=clock
+            max_model_len=finish_rule.max_model_len,
+            vocab_size=runner.vocab_size,
+            num_blocks=pool.num_blocks,
+            block_size=block_size,
+            clock=clock,
         )
         self._grammars = grammars
         self._send = send

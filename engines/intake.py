@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engines.messages import Add, Failed
+from engines.request_check import fault_of
 from engines.sequence import Sequence
 
 
@@ -13,10 +14,14 @@ class Intake:
 
     Args:
         max_model_len: tokens of a sequence, prompt and output.
+        vocab_size: token ids of the model are below it.
         num_blocks: KV blocks of this worker.
     """
 
-    def __init__(self, *, max_model_len: int, num_blocks: int, block_size: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, max_model_len: int, vocab_size: int, num_blocks: int, block_size: int, clock: Callable[[], float]
+    ) -> None:
+        self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -24,6 +29,9 @@ class Intake:
 
     def refusal(self, add: Add) -> Failed | None:
         """Why this worker can never compute it, or None."""
+        fault = fault_of(add, vocab_size=self._vocab_size)
+        if fault is not None:
+            return Failed(add.rid, "invalid_value", fault)
         num_ids = len(add.prompt_ids) + max(map(len, add.choices))
         if num_ids >= self._max_model_len:
             text = f"{num_ids} tokens are more than the context of {self._max_model_len} holds"

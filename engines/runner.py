@@ -57,6 +57,10 @@ class ModelRunner:
         self._sampler = Sampler(model.config.eos_token_ids)
         self._timer = timer
 
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.vocab_size
+
     def run(
         self, plan: StepPlan, *, on_layers: Callable[[int, int], None] | None = None, layer_group: int = 0
     ) -> StepResult:
