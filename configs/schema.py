@@ -43,6 +43,17 @@ class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     memory_bytes: Annotated[int, Meta(ge=1 << 20, description="Memory for KV per worker.")] = 1 << 30
     enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True
     eviction: Annotated[Literal["lru", "fifo"], Meta(description="Which cached block goes first.")] = "lru"
+    swap_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Host memory per decode worker for sequences that wait while blocks lack; used as needed. "
+            "0: they move to another worker, or are computed again.",
+        ),
+    ] = 1 << 29
+    share_prefixes: Annotated[
+        bool, Meta(description="Decode workers write full blocks back; prefill workers fetch prefixes from each other.")
+    ] = True
     host_cache_bytes: Annotated[
         int, Meta(ge=0, description="Host memory per worker for cached blocks that the region evicts. 0: none.")
     ] = 0
@@ -84,6 +95,15 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         bool,
         Meta(description="bfloat16 tokens depend on nothing but their request: not on batch, chunks or a recovery."),
     ] = False
+    itl_slo_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60_000,
+            description="Keep the gap between two tokens of a sequence below this, by smaller prompt chunks beside "
+            "decode rows and fewer sequences at a time. 0: off.",
+        ),
+    ] = 0.0
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(

@@ -18,6 +18,7 @@ SMOOTHING = 0.1  # weight of the newest step in `step_ms`
 COUNTERS = (
     "steps",
     "prompt_tokens",
+    "padding_tokens",  # what padding each batch of prompts to its longest would have computed in addition
     "output_tokens",
     "busy_s",
     "draft_steps",
@@ -44,6 +45,7 @@ class EngineFigures:
         self._step_ms = elapsed_ms if not self._step_ms else self._step_ms + SMOOTHING * (elapsed_ms - self._step_ms)
         self._totals["steps"] += 1
         self._totals["busy_s"] += elapsed_s
+        self._totals["padding_tokens"] += plan.num_padding_tokens
         self._totals["prompt_tokens"] += sum(i.num_known_tokens for i in plan.scheduled if i.num_known_tokens > 1)
 
     def sampled(self, plan: StepPlan, sampled: list[SampledTokens]) -> None:
@@ -58,12 +60,13 @@ class EngineFigures:
     def tokens_out(self, num_tokens: int) -> None:
         self._totals["output_tokens"] += num_tokens
 
-    def stats(self, *, live: int, waiting: int) -> Stats:
+    def stats(self, *, live: int, waiting: int, num_swapped_pages: int, more: dict[str, float]) -> Stats:
         grants = self._kv.grants()
         blocks = {
             "free": self._pool.num_free,
             "cached": self._pool.num_cached,
             "used": self._pool.num_used - sum(grants.values()),
+            "swapped": num_swapped_pages,  # in host memory, beyond the region
             **{state.lower(): count for state, count in grants.items()},
         }
         return Stats(
@@ -71,7 +74,7 @@ class EngineFigures:
             live=live,
             waiting=waiting,
             step_ms=self._step_ms,
-            counters=self._counters(),
+            counters=self._counters() | more,
             overdue_writers=list(self._kv.overdue_writers()),
             links=list(self._kv.links()),
         )

@@ -160,6 +160,7 @@ class HandoffReader:
                 priority=state.priority,
                 tenant=state.tenant,
                 num_cached_tokens=state.cached_tokens,
+                num_preemptions=state.num_preemptions,
                 epoch=epoch,
             )
             if choice == 0:

@@ -4,7 +4,8 @@ Add(push) --> SEEKING --reserve--> RESERVING --GrantReceived--> GRANTED --comput
                  ^                     | refused                   | link failed               | Handed, Refused
                  '---------------------+---------------------------+---------------------------'  (failed)
 A sequence without a grant holds no blocks and is not computed. One whose push failed keeps its KV and looks
-for another receiver, so nothing is computed twice.
+for another receiver, so nothing is computed twice. A decode worker that runs out of blocks moves a sequence the same
+way, from where it stands: all its KV is there. It asks each peer once, because the blocks are wanted here meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from engines.handoff_reader import TOO_LARGE
 from engines.messages import Add, EngineMessage, Failed, Granted, NoGrant, Pushed, Target
 from engines.scheduler.plan import StepPlan
+from engines.scheduler.pressure import DecodePressure
 from engines.sequence import Sequence
 from engines.transfer_state import TransferState, encode_state
 from kvstore import transport as kv
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from kvstore.clock import Clock
 
 MAX_RESERVES_IN_FLIGHT = 8  # keeps the order of arrival meaningful while pools are full
-RETRY_S = 0.03  # after a refusal; a decode worker frees blocks at the pace of its steps
+RETRY_S = 0.03  # without anybody to ask
 PATIENCE_S = 15.0  # without any grant; the front then looks at the registry again
+MOVE_PATIENCE_S = 1.0  # the same for a sequence that moves
 MAX_PUSH_FAILURES = 3
 
 
@@ -64,10 +67,15 @@ class Outgoing:
     num_too_large: int = 0  # refusals in a row because a whole pool is too small
     is_scheduled: bool = False  # the scheduler has it, or had it until it was computed
     is_computed: bool = False
+    is_move: bool = False
     choices: list[list[int]] = field(default_factory=list)
     num_pushed_blocks: int = 0
     num_bytes: int = 0
     stamps_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def patience_s(self) -> float:
+        return MOVE_PATIENCE_S if self.is_move else PATIENCE_S
 
     def advance(self, phase: PushPhase) -> None:
         assert phase in PHASES[self.phase], f"{self.phase} -> {phase}"
@@ -75,7 +83,10 @@ class Outgoing:
 
 
 class HandoffWriter:
-    """Owned by the engine thread. `schedule` puts a sequence into the scheduler, once it has its grant."""
+    """Owned by the engine thread. `schedule` puts a sequence into the scheduler, once it has its grant.
+
+    `pressure` is told of grants and refusals, and says when to ask again.
+    """
 
     def __init__(
         self,
@@ -89,6 +100,7 @@ class HandoffWriter:
         schedule: Callable[[Sequence], None],
         unschedule: Callable[[Sequence], None],
         clock: Clock,
+        pressure: DecodePressure | None = None,
     ) -> None:
         self._kv = node
         self._pool = pool
@@ -99,11 +111,13 @@ class HandoffWriter:
         self._schedule = schedule
         self._unschedule = unschedule
         self._clock = clock
+        self._pressure = pressure or DecodePressure()
         self._by_rid: dict[str, Outgoing] = {}
         self._by_xfer: dict[str, Outgoing] = {}
         self._lingering: dict[str, list[int]] = {}  # xfer -> source blocks that may still be read by the kv thread
         self._peers: list[Target] = []
         self._counter = 0
+        self.num_moves_refused = 0
         self._retry_at_s = 0.0
 
     @property
@@ -120,6 +134,22 @@ class HandoffWriter:
             return
         now = self._clock()
         self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, num_tokens, stamps_s={"added": now})
+        self.seek()
+
+    def move(self, add: Add, sequence: Sequence, *, num_blocks: int) -> None:
+        """Take a sequence that decodes here, its blocks with it, to another decode worker. It is in no scheduler."""
+        now = self._clock()
+        self._by_rid[add.rid] = Outgoing(
+            add,
+            sequence,
+            num_blocks,
+            now,
+            is_scheduled=True,
+            is_computed=True,
+            is_move=True,
+            choices=add.choices,
+            stamps_s={"added": now, "computed": now},
+        )
         self.seek()
 
     def set_peers(self, targets: list[Target]) -> None:
@@ -142,12 +172,12 @@ class HandoffWriter:
         for out in list(self._by_rid.values()):
             if out.phase is not PushPhase.SEEKING:
                 continue
-            if now - out.since_s > PATIENCE_S:
+            targets = self._peers or out.add.targets
+            if now - out.since_s > out.patience_s or (out.is_move and out.next_target >= len(targets)):
                 self._give_up_seeking(out)
                 continue
-            if now < self._retry_at_s or in_flight >= MAX_RESERVES_IN_FLIGHT:
+            if in_flight >= MAX_RESERVES_IN_FLIGHT or (now < self._retry_at_s and not out.is_move):
                 continue
-            targets = self._peers or out.add.targets
             if not targets:
                 self._retry_at_s = now + RETRY_S
                 continue
@@ -159,7 +189,7 @@ class HandoffWriter:
         seeking = [out for out in self._by_rid.values() if out.phase is PushPhase.SEEKING]
         if not seeking:
             return None
-        patience_s = min(out.since_s for out in seeking) + PATIENCE_S
+        patience_s = min(out.since_s + out.patience_s for out in seeking)
         if self._num_reserving() >= MAX_RESERVES_IN_FLIGHT:
             return patience_s  # the answers to those are events
         return min(max(self._retry_at_s, self._clock()), patience_s)
@@ -191,6 +221,7 @@ class HandoffWriter:
         if out is None or out.xfer != event.xfer:
             return
         out.advance(PushPhase.GRANTED)
+        self._pressure.granted()
         out.attempt += 1
         out.stamps_s["granted"] = self._clock()
         self._send(Granted(out.add.rid, out.xfer, out.node, out.attempt))
@@ -209,12 +240,16 @@ class HandoffWriter:
         out.advance(PushPhase.SEEKING)
         out.next_target += 1
         targets = self._peers or out.add.targets
+        if out.is_move:
+            self.seek()
+            return
         out.num_too_large = out.num_too_large + 1 if event.reason == TOO_LARGE else 0
         if out.num_too_large >= len(targets):
             self._refuse(out)
             return
         if out.next_target % max(len(targets), 1) == 0:
-            self._retry_at_s = self._clock() + RETRY_S
+            self._pressure.refused(self._clock())
+            self._retry_at_s = self._pressure.retry_at_s
 
     def _refuse(self, out: Outgoing) -> None:
         """No decode worker could ever hold it."""
@@ -226,7 +261,8 @@ class HandoffWriter:
     def _give_up_seeking(self, out: Outgoing) -> None:
         del self._by_rid[out.add.rid]
         self._let_go(out)
-        self._send(NoGrant(out.add.rid, f"no decode worker promised {out.num_blocks} blocks within {PATIENCE_S:.0f} s"))
+        self.num_moves_refused += out.is_move
+        self._send(NoGrant(out.add.rid, f"no decode worker promised {out.num_blocks} blocks"))
 
     # ---------------------------------------------------------------- pushing
     def blocks_of_step(self, plan: StepPlan) -> list[tuple[Outgoing, list[tuple[int, int]]]]:
@@ -298,6 +334,7 @@ class HandoffWriter:
             sequence.num_cached_tokens,
             add.tenant,
             add.priority,
+            sequence.num_preemptions,
         )
         num_kv_blocks = -(-sequence.num_computed_tokens // self._block_size)
         out.advance(PushPhase.COMMITTED)

@@ -2,8 +2,8 @@
 
 Length-prefixed msgpack over a socketpair, about one message each way per step. No torch here.
 
-    front  --Add, Promote, Drop, Stop, Peers, Lease, Shutdown-->  engine
-    front  <--Ready, Tokens, Granted, NoGrant, Incoming, Arrived, Pushed, Preempted, Failed, Stats--  engine
+    front  --Add, Promote, Owner, Drop, Stop, Peers, Lease, Shutdown-->  engine
+    front  <--Ready, Tokens, Granted, NoGrant, Incoming, Arrived, Pushed, Preempted, Kept, Failed, Stats--  engine
 
     life of a request, prefill worker (P) and decode worker (D); F = front, E = engine
       F(P)  claim        Add(mode=push) -> E(P)   RESERVE ~> E(D)   Incoming -> F(D)
@@ -35,6 +35,13 @@ class Target(msgspec.Struct, frozen=True, array_like=True):
     address: KVAddress
 
 
+class PrefixHint(msgspec.Struct, frozen=True, array_like=True):
+    """Somebody keeps the first `num_blocks` blocks of a request's tokens; believed only when they have come."""
+
+    address: KVAddress
+    num_blocks: int
+
+
 # ---------------------------------------------------------------- front -> engine
 class Add(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Compute this request. `push`: prefill, then hand it to one of `targets`. `local`: keep it here (role `both`).
@@ -42,7 +49,7 @@ class Add(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     Attributes:
         choices: output ids so far of each choice (all empty at the first attempt).
         deadline_s: seconds from now (the two processes share no wall clock assumption).
-        reserve_full: reserve for prompt + max_tokens, so that it never has to be preempted again.
+        reserve_full: reserve for prompt + max_tokens, and never preempt it again as long as another can be.
     """
 
     rid: str
@@ -58,6 +65,7 @@ class Add(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     deadline_s: float = 3600.0
     targets: list[Target] = []
     reserve_full: bool = False
+    prefix: PrefixHint | None = None
 
 
 class Promote(msgspec.Struct, frozen=True, tag=True):
@@ -65,6 +73,14 @@ class Promote(msgspec.Struct, frozen=True, tag=True):
 
     rid: str
     xfer: str
+    epoch: int
+    token: str
+
+
+class Owner(msgspec.Struct, frozen=True, tag=True):
+    """Role both: from its first token on the request decodes here under this epoch and token. It may be moved."""
+
+    rid: str
     epoch: int
     token: str
 
@@ -87,9 +103,10 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Peers(msgspec.Struct, frozen=True, tag=True):
-    """Decode workers known now, for sequences that still look for a grant. Ranked per request by the engine's order."""
+    """Workers known now: `targets` may take sequences that look for a grant, best first; `caches` keep prefixes."""
 
     targets: list[Target]
+    caches: list[Target] = []
 
 
 class Lease(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +117,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Stop in order and exit 0."""
 
 
-FrontMessage = Add | Promote | Drop | Stop | Peers | Lease | Shutdown
+FrontMessage = Add | Promote | Owner | Drop | Stop | Peers | Lease | Shutdown
 
 
 # ---------------------------------------------------------------- engine -> front
@@ -145,7 +162,10 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
-    """`node` promised blocks for `rid`; its compute starts now. `attempt` counts the nodes tried, from 1."""
+    """`node` promised blocks for `rid`; its compute starts now. `attempt` counts the nodes tried, from 1.
+
+    Of a request that decodes here: blocks ran out, and it moves to that decode worker.
+    """
 
     rid: str
     xfer: str
@@ -208,6 +228,12 @@ class Preempted(msgspec.Struct, frozen=True, tag=True):
     rid: str
 
 
+class Kept(msgspec.Struct, frozen=True, tag=True):
+    """Prefixes that this engine's cache has: (hash of a block, blocks up to its end). The front registers them."""
+
+    marks: list[tuple[bytes, int]]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The engine gave the request up. The front calls `finish(FAILED, code)`, or `release` if a retry may help."""
 
@@ -220,7 +246,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """State of the engine, sent every 0.5 s and after a change of load. Feeds heartbeat, metrics and routing."""
 
-    blocks: dict[str, int]  # state -> blocks: free, used, leased, committed, quarantined, cached
+    blocks: dict[str, int]  # state -> blocks: free, used, leased, committed, quarantined, cached, swapped
     live: int
     waiting: int
     step_ms: float
@@ -230,7 +256,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 EngineMessage = (
-    Ready | Tokens | Granted | NoGrant | Incoming | Arrived | ArrivalLost | Pushed | Preempted | Failed | Stats
+    Ready | Tokens | Granted | NoGrant | Incoming | Arrived | ArrivalLost | Pushed | Preempted | Kept | Failed | Stats
 )
 
 FRAME_HEADER = struct.Struct("<I")

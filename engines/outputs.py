@@ -66,5 +66,6 @@ def arrival_here(sequence: Sequence, blocks: list[int], choices: list[list[int]]
         sequence.num_cached_tokens,
         sequence.tenant,
         sequence.priority,
+        sequence.num_preemptions,
     )
     return Arrival(sequence.rid, blocks, len(sequence.prompt_token_ids), state, sequence.deadline_s)

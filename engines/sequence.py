@@ -31,6 +31,9 @@ class Sequence:
         prompt_scores: logprobs of the prompt so far, where the request wants them.
         draft_history: what speculation keeps of it, once it guesses for it.
         epoch: of the ownership it is computed under; its tokens carry it.
+        owner: (epoch, token) in the request's record since it decodes here; None before, and it cannot be passed on.
+        num_preemptions: how often its blocks were taken, over all workers.
+        num_reserved_tokens: blocks for this many are taken at admission; 0: for what there is.
     """
 
     rid: str
@@ -50,6 +53,8 @@ class Sequence:
     num_preemptions: int = 0
     grammar: GrammarState | None = None
     epoch: int = 0
+    owner: tuple[int, str] | None = None
+    num_reserved_tokens: int = 0
     prompt_scores: PromptScores | None = None
     draft_history: DraftHistory | None = None
 

@@ -22,6 +22,7 @@ class TransferState(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     tenant: str = ""
     priority: int = 0
+    num_preemptions: int = 0  # so far, over all workers
 
 
 encode_state = msgspec.msgpack.Encoder().encode

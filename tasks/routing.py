@@ -19,6 +19,19 @@ def is_target(beat: WorkerBeat, *, model: str, compat: str) -> bool:
     return beat.role in ("decode", "both") and beat.model == model and agrees and not beat.draining
 
 
+def find_caches(beats: Iterable[WorkerBeat], *, model: str, compat: str, incarnation: str) -> list[Target]:
+    """Workers that keep prefixes of `model` for others, without the one that asks."""
+    return [
+        Target(beat.node, beat.address)
+        for beat in sorted(beats, key=lambda beat: beat.node)
+        if beat.role == "prefill"
+        and beat.model == model
+        and beat.address.compat == compat
+        and beat.address.incarnation != incarnation
+        and not beat.draining
+    ]
+
+
 def rank_targets(
     beats: Iterable[WorkerBeat],
     *,

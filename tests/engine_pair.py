@@ -10,7 +10,7 @@ from pathlib import Path
 
 import configs
 from engines.build import Engine, build_engine
-from engines.messages import Add, Arrived, EngineMessage, Lease, Promote, Target, TokenOut, Tokens
+from engines.messages import Add, Arrived, EngineMessage, Kept, Lease, PrefixHint, Promote, Target, TokenOut, Tokens
 from engines.params import SamplingParams
 from engines.process import EngineConfig
 
@@ -53,19 +53,23 @@ class EnginePair:
         decode_blocks: int = 0,
         flags: Mapping[str, str] | None = None,
         decode_flags: Mapping[str, str] | None = None,
+        more: tuple[str, ...] = (),
     ) -> None:
-        """`flags`: settings of both engines, as on a command line; `decode_flags`: of the decode engine alone."""
+        """`flags`: settings of all engines, as on a command line; `decode_flags`: of decode engines. `more`: such as
+        "prefill2", stepped with the two.
+        """
         self._flags = dict(flags or {})
         self._decode_flags = dict(decode_flags or {})
         self.halves = {
-            role: self._build(role, run_dir, model, protocol, decode_blocks) for role in ("prefill", "decode")
+            name: self._build(name, run_dir, model, protocol, decode_blocks) for name in ("prefill", "decode", *more)
         }
         self.prefill, self.decode = self.halves["prefill"], self.halves["decode"]
         self.target = Target("d", self.decode.engine.address)
         self.on_arrived: Callable[[Arrived], bool] = lambda _: True
+        self.kept: list[tuple[bytes, int]] = []  # what the prefill engines said that they keep
         self._lease_s = 0.0
 
-    def _build(self, role: str, run_dir: Path, model: Path, protocol: str, decode_blocks: int) -> Half:
+    def _build(self, name: str, run_dir: Path, model: Path, protocol: str, decode_blocks: int) -> Half:
         flags = {
             "model.path": str(model),
             "model.dtype": "float32",
@@ -73,22 +77,31 @@ class EnginePair:
             "kv.memory_bytes": "64MiB",
             "run_dir": str(run_dir),
             **self._flags,
-            **(self._decode_flags if role == "decode" else {}),
         }
-        settings = configs.load(env={}, flags=flags)
+        role = name.rstrip("0123456789")
+        settings = configs.load(env={}, flags={**flags, **(self._decode_flags if role == "decode" else {})})
         if role == "decode" and decode_blocks:
             settings.kv.num_blocks = decode_blocks
         said: list[EngineMessage] = []
-        config = EngineConfig(settings=settings, role=role, node=role, incarnation=f"{role}-1", secret=SECRET)
+        config = EngineConfig(settings=settings, role=role, node=name, incarnation=f"{name}-1", secret=SECRET)
         return Half(build_engine(config, said.append), said)
 
     def close(self) -> None:
         for half in self.halves.values():
             half.engine.close()
 
-    def add(self, rid: str, prompt_ids: list[int], choices: list[list[int]] | None = None, **params: object) -> None:
+    def add(
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        choices: list[list[int]] | None = None,
+        *,
+        to: str = "prefill",
+        prefix: PrefixHint | None = None,
+        **params: object,
+    ) -> None:
         sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **params})  # type: ignore[arg-type]
-        self.prefill.engine.core.handle(
+        self.halves[to].engine.core.handle(
             Add(
                 rid=rid,
                 epoch=2,
@@ -99,6 +112,7 @@ class EnginePair:
                 params=sampling,
                 seed=7,
                 targets=[self.target],
+                prefix=prefix,
             )
         )
 
@@ -118,7 +132,9 @@ class EnginePair:
             for event in half.engine.node.poll_events():
                 half.engine.core.handle_kv(event)
             half.engine.core.step()
-        self.prefill.take()
+        for name, half in self.halves.items():
+            if name != "decode":
+                self.kept += [mark for said in half.take() if isinstance(said, Kept) for mark in said.marks]
         for message in self.decode.take():
             if isinstance(message, Arrived) and self.on_arrived(message):
                 self.decode.engine.core.handle(Promote(message.rid, message.xfer, message.epoch + 1, "d.1"))
@@ -126,7 +142,9 @@ class EnginePair:
 
     def output(self, rid: str, c: int = 0) -> list[int]:
         """Tokens of a choice in their order, whichever engine told them."""
-        told = {**self.prefill.tokens.get((rid, c), {}), **self.decode.tokens.get((rid, c), {})}
+        told: dict[int, int] = {}
+        for half in self.halves.values():
+            told |= half.tokens.get((rid, c), {})
         return [token_id for _, token_id in sorted(told.items())]
 
     def blocks_in_use(self) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
     add (with KV: arrived by a transfer) -----------------------> running --one token per step--> remove
     add (without) -> waiting --admit: prefix, all its blocks--> running --chunks, then tokens--> remove
-                                                                running --blocks ran out--> StepPlan.preempted
+    running --blocks ran out--> swapped (host memory) --blocks free again, before anybody waiting--> running
+                            \\-> StepPlan.moved (another decode worker), StepPlan.preempted (the queue)
     Choices of the only request here are not sent away: the latest goes back to waiting until others have ended.
 
 After Orca (OSDI 2022): sequences join and leave between steps; and Sarathi-Serve (OSDI 2024): decode rows first, what
@@ -11,15 +12,15 @@ is left of the token budget goes to chunks of prompts.
 
 from __future__ import annotations
 
-from typing import Final
-
 from engines.scheduler.drafts import Drafts, Proposer
+from engines.scheduler.fair_order import FairOrder
+from engines.scheduler.itl_limits import ItlLimits
 from engines.scheduler.plan import ScheduledSequence, StepPlan
-from engines.scheduler.policy import BlockAllocator, PrefixLookup, order_key
+from engines.scheduler.policy import BlockAllocator, PrefixLookup
 from engines.scheduler.sequence_blocks import SequenceBlocks
 from engines.sequence import Sequence
-
-MAX_PREEMPTIONS: Final = 2  # then a sequence is pinned: it is only taken when nobody else can be
+from engines.swap.ladder import MAX_PREEMPTIONS, Ladder, Remedy
+from engines.swap.swapped import BlockCopy, SwappedRequests
 
 
 class DecodeScheduler:
@@ -30,6 +31,8 @@ class DecodeScheduler:
         max_num_batched_tokens: tokens of one step.
         watermark_blocks: blocks that admitting leaves free, so that growth does not preempt at once.
         proposer: guesses tokens for steps of at most `max_draft_seqs` sequences; None: nobody guesses.
+        limits: keep steps short where an SLO asks for it; whoever runs the steps tells it of them.
+        ladder: what becomes of a sequence when blocks run out; without one it is always released.
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class DecodeScheduler:
         watermark_blocks: int = 0,
         proposer: Proposer | None = None,
         max_draft_seqs: int = 8,
+        limits: ItlLimits | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
+        self._pool = pool
         self._blocks = SequenceBlocks(pool, prefix_cache, block_size)
         self._drafts: Drafts | None = None
         if proposer is not None:
@@ -53,10 +59,15 @@ class DecodeScheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._watermark_blocks = watermark_blocks
+        self._limits = limits
+        self._order = FairOrder()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []  # in the order they joined
         self._step_id = 0
         self._lacks_blocks = False
+        self._awaits_move = False
+        self._ladder = ladder or Ladder(SwappedRequests(pool, block_size))
+        self._swapped = self._ladder.swapped
 
     @property
     def step_id(self) -> int:
@@ -64,7 +75,7 @@ class DecodeScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._swapped)
 
     @property
     def num_running(self) -> int:
@@ -73,26 +84,37 @@ class DecodeScheduler:
     def add(self, sequence: Sequence) -> None:
         """Take a sequence. One that owns blocks has KV of its first `num_computed_tokens`: it joins the next step."""
         (self._running if sequence.block_table else self._waiting).append(sequence)
-        self._lacks_blocks = False
+        self._lacks_blocks = self._awaits_move = False
 
     def remove(self, seq_id: tuple[str, int]) -> None:
         """Forget a sequence, wherever it is; safe to repeat. Its blocks stay its own: the caller frees them."""
         self._waiting = [sequence for sequence in self._waiting if sequence.seq_id != seq_id]
         self._running = [sequence for sequence in self._running if sequence.seq_id != seq_id]
-        self._lacks_blocks = False
+        self._swapped.remove(seq_id)
+        self._lacks_blocks = self._awaits_move = False
 
     def schedule(self, now_s: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. A plan may be only about `preempted` sequences."""
-        step = _Step(self._max_num_batched_tokens, self._max_num_seqs)
+        """The next step, or None if there is nothing to do. A plan may be only about sequences that come or go."""
+        step = _Step(self._num_tokens_allowed(), self._max_num_seqs)
         self._plan_running(step)
         if not step.dropped:  # who had to give blocks up shall not see them go to a newcomer in the same step
-            self._admit(now_s, step)
-        if not step.items and not step.preempted:
+            self._bring_back(step)
+            if not self._swapped:
+                self._admit(now_s, step)
+        self._awaits_move = bool(self._ladder.moving) and not step.items
+        if not step.items and not step.dropped and not step.swapped_in:
             return None
         if self._drafts is not None:
             self._drafts.add_to(step.items, step.num_tokens_left)
         self._step_id += 1
-        return StepPlan(self._step_id, tuple(step.items.values()), tuple(step.preempted))
+        return StepPlan(
+            self._step_id,
+            tuple(step.items.values()),
+            tuple(step.preempted),
+            swapped_out=tuple(step.swapped_out),
+            swapped_in=tuple(step.swapped_in),
+            moved=tuple(step.moved),
+        )
 
     def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None:
         """The step ran: advance its sequences. The ids of one with several choices are the caller's to fork."""
@@ -107,11 +129,13 @@ class DecodeScheduler:
                 if item.draft and self._drafts is not None:
                     sequence.num_computed_tokens += len(ids) - 1  # guessed right: their KV is there
                     self._drafts.settle(item, len(ids))
-        self._lacks_blocks = False
+        self._lacks_blocks = self._awaits_move = False
 
     def next_wakeup_s(self, now_s: float) -> float | None:
         """When `schedule` may have something without another call here; None: only after one."""
-        if self._running or (self._waiting and not self._lacks_blocks):
+        if self._running and not self._awaits_move:
+            return now_s
+        if (self._waiting or self._swapped) and not self._lacks_blocks:
             return now_s
         return None
 
@@ -130,13 +154,15 @@ class DecodeScheduler:
                 step.add(sequence)
             elif sequence not in step.dropped:
                 stuck.append(sequence)
-        if stuck and not step.items and not step.dropped:
+        if stuck and not step.items and not step.dropped and not self._ladder.moving:
             # Everybody is pinned and nobody can move: somebody has to go all the same.
             self._preempt(max(stuck, key=_lateness), step)
 
     def _grow_or_preempt(self, sequence: Sequence, step: _Step) -> bool:
         """Blocks for its next tokens; those of the latest arrived if there are no others. False if it cannot run."""
         while not self._blocks.grow(sequence):
+            if self._ladder.moving:
+                return False  # blocks are about to come back
             victims = [other for other in self._running if other.num_preemptions < MAX_PREEMPTIONS]
             if not victims:
                 return False
@@ -155,40 +181,81 @@ class DecodeScheduler:
         if 1 < len(choices) == len(self._running):
             # It has the worker to itself: anywhere else it would run out again, and never end.
             latest = max(choices, key=_lateness)
-            self._take_blocks(latest, step)
+            self._take_out(latest, step)
+            self._blocks.take_back(latest)
             self._waiting.append(latest)
             return
+        remedy = self._ladder.choose(choices)
         for sequence in choices:
-            self._take_blocks(sequence, step)
-            step.preempted.append(sequence)
-        self._waiting = [sequence for sequence in self._waiting if sequence.rid != victim.rid]
+            self._take_out(sequence, step)
+        match remedy:
+            case Remedy.SWAP:
+                step.swapped_out.append(self._swapped.take(choices))
+            case Remedy.MOVE:
+                self._ladder.moving.add(victim.rid)
+                step.moved += choices
+            case Remedy.RELEASE:
+                for sequence in choices:
+                    self._blocks.take_back(sequence)
+                step.preempted += choices
+                self._waiting = [sequence for sequence in self._waiting if sequence.rid != victim.rid]
 
-    def _take_blocks(self, sequence: Sequence, step: _Step) -> None:
+    def _take_out(self, sequence: Sequence, step: _Step) -> None:
         self._running.remove(sequence)
-        self._blocks.take_back(sequence)
         sequence.num_preemptions += 1
         step.drop(sequence)
 
-    # ---------------------------------------------------------------- waiting
+    # ---------------------------------------------------------------- swapped and waiting
+    def _bring_back(self, step: _Step) -> None:
+        """Swapped requests, the oldest first, with blocks to grow into. Nobody overtakes one that lacks them."""
+        while not step.is_full and (oldest := self._swapped.oldest()) is not None:
+            if self._running:
+                spare = oldest.num_seqs + self._watermark_blocks
+                if len(self._running) + oldest.num_seqs > self._max_num_seqs:
+                    return
+            else:
+                # Several choices may never fit together: one of them then goes back to waiting, as in `_preempt`.
+                spare = oldest.num_next_blocks if oldest.num_seqs == 1 else 0
+            if oldest.num_blocks + spare > self._pool.num_free:
+                self._lacks_blocks = True
+                return
+            sequences, copy = self._swapped.bring_back(oldest.rid)
+            step.swapped_in.append(copy)
+            self._running += sequences
+            for sequence in sequences:
+                if not step.is_full and self._blocks.grow(sequence):
+                    step.add(sequence)
+
     def _admit(self, now_s: float, step: _Step) -> None:
-        self._waiting.sort(key=lambda sequence: order_key(sequence, now_s))
-        while self._waiting and not step.is_full and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
+        max_num_seqs = self._max_num_seqs if self._limits is None else self._limits.max_num_seqs
+        for sequence in self._order.of(self._waiting, now_s):
+            if step.is_full or len(self._running) >= max_num_seqs:
+                return
             # With nobody running there is no growth to keep blocks for.
             watermark = self._watermark_blocks if self._running else 0
             if not self._blocks.admit(sequence, watermark_blocks=watermark):
                 self._lacks_blocks = True
                 return
-            self._running.append(self._waiting.pop(0))
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            self._order.served(sequence, sequence.num_uncomputed_tokens)
             step.add(sequence)
+
+    def _num_tokens_allowed(self) -> int:
+        if self._limits is None:
+            return self._max_num_batched_tokens
+        return self._limits.max_num_tokens(sum(sequence.num_uncomputed_tokens == 1 for sequence in self._running))
 
 
 class _Step:
-    """A plan in the making. `dropped`: whose blocks were taken; `preempted`: those of them that leave the scheduler."""
+    """A plan in the making. `dropped`: whose blocks are taken; `preempted`, `moved`: those that leave the scheduler."""
 
     def __init__(self, max_num_tokens: int, max_num_seqs: int) -> None:
         self.items: dict[tuple[str, int], ScheduledSequence] = {}
         self.preempted: list[Sequence] = []
+        self.moved: list[Sequence] = []
+        self.swapped_out: list[BlockCopy] = []
+        self.swapped_in: list[BlockCopy] = []
         self.dropped: list[Sequence] = []
         self.num_tokens_left = max_num_tokens
         self._max_num_seqs = max_num_seqs

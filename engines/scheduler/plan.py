@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.sequence import Sequence
+from engines.swap.swapped import BlockCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class StepPlan:
 
     Attributes:
         scheduled: prefill chunks and decode tokens mixed, in the order of the batch.
+        swapped_out, swapped_in: KV to copy to and from host memory before the forward pass, in this order.
+        moved: sequences that go to another decode worker, with their blocks; they are in no queue any more.
         preempted: sequences whose blocks were taken; they are in no queue of the scheduler any more.
         num_padding_tokens: what padding to the longest of its bucket would have added (packed batches add none).
     """
@@ -49,6 +52,9 @@ class StepPlan:
     scheduled: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...] = ()
     num_padding_tokens: int = 0
+    swapped_out: tuple[BlockCopy, ...] = ()
+    swapped_in: tuple[BlockCopy, ...] = ()
+    moved: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -19,10 +19,13 @@ class BlockAllocator(Protocol):
 
     @property
     def num_free(self) -> int: ...
+    @property
+    def num_used(self) -> int: ...
     def allocate(self, num_blocks: int, /) -> list[int]:
         """All of them with one reference each, or OutOfBlocks."""
         ...
 
+    def share(self, block_ids: list[int], /) -> None: ...
     def free(self, block_ids: list[int], /) -> None: ...
 
 
@@ -40,9 +43,13 @@ class PrefixLookup(Protocol):
     def insert(self, token_ids: list[int], block_table: list[int], /, *, salt: str) -> None: ...
 
 
+def is_overdue(sequence: Sequence, now_s: float) -> bool:
+    return now_s - sequence.arrival_s > STARVATION_S
+
+
 def order_key(sequence: Sequence, now_s: float) -> tuple[bool, float, float, float]:
     """Sorts the waiting sequences; smallest goes first."""
-    if now_s - sequence.arrival_s > STARVATION_S:
+    if is_overdue(sequence, now_s):
         return (False, sequence.arrival_s, 0.0, 0.0)
     return (True, sequence.priority, sequence.deadline_s, sequence.arrival_s)
 

@@ -3,16 +3,21 @@
     add -> waiting --admit: cached prefix found, blocks for the whole prompt--> running --chunks--> computed, gone
 
 A batch forms when it is worth a forward pass, or when its oldest has waited long enough. After DistServe and
-Sarathi-Serve (OSDI 2024): a prompt longer than the token budget is computed in chunks; the rest goes to others.
+Sarathi-Serve (OSDI 2024): a prompt longer than the token budget is computed in chunks; the rest goes to others. What a
+batch is worth is measured: the share of its time that more of it would not make cheaper (`StepTimeModel.utilization`).
+While decode workers are full, batches are smaller (`DecodePressure`).
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from engines.scheduler.fair_order import FairOrder
 from engines.scheduler.plan import ScheduledSequence, StepPlan
-from engines.scheduler.policy import BlockAllocator, PrefixLookup, length_bucket, order_key, padding_tokens
+from engines.scheduler.policy import BlockAllocator, PrefixLookup, is_overdue, length_bucket, padding_tokens
+from engines.scheduler.pressure import DecodePressure
 from engines.scheduler.sequence_blocks import SequenceBlocks
+from engines.scheduler.step_time import StepTimeModel
 from engines.sequence import Sequence
 
 
@@ -22,9 +27,12 @@ class PrefillScheduler:
     Args:
         max_batch_size: prompts of one step.
         max_num_batched_tokens: tokens of one step; longer prompts go in chunks.
-        target_utilization: a batch that fills this share of either limit starts at once.
+        target_utilization: a batch starts at once when it uses the device so well by the measured step times, or when
+            it fills this share of either limit.
         batch_wait_ms: at most this long does a prompt wait for company; not at all while the worker was idle.
         batching: `bucketed` puts only prompts of about the same length into one step.
+        step_time: learns from the steps of this engine; None: only the limits count.
+        pressure: of the decode workers; None: there is none.
     """
 
     def __init__(
@@ -38,6 +46,8 @@ class PrefillScheduler:
         target_utilization: float = 0.85,
         batch_wait_ms: float = 50.0,
         batching: Literal["packed", "bucketed"] = "packed",
+        step_time: StepTimeModel | None = None,
+        pressure: DecodePressure | None = None,
     ) -> None:
         self._blocks = SequenceBlocks(pool, prefix_cache, block_size)
         self._max_batch_size = max_batch_size
@@ -45,6 +55,9 @@ class PrefillScheduler:
         self._target_utilization = target_utilization
         self._batch_wait_s = batch_wait_ms / 1e3
         self._is_bucketed = batching == "bucketed"
+        self._step_time = step_time or StepTimeModel()
+        self._pressure = pressure or DecodePressure()
+        self._order = FairOrder()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._step_id = 0
@@ -78,7 +91,7 @@ class PrefillScheduler:
         """The next step, or None: nothing to do, not worth starting yet, or no blocks."""
         if not self._running and not self._is_batch_ready(now_s):
             return None
-        budget = self._max_num_batched_tokens
+        budget = self._pressure.of(self._max_num_batched_tokens)
         items: list[ScheduledSequence] = []
         for sequence in self._running:
             budget -= self._take_chunk(sequence, budget, items)
@@ -123,9 +136,10 @@ class PrefillScheduler:
 
     def _is_full_enough(self) -> bool:
         num_tokens = sum(sequence.num_uncomputed_tokens for sequence in self._waiting)
-        share_of_tokens = num_tokens / self._max_num_batched_tokens
-        share_of_places = len(self._waiting) / self._max_batch_size
-        return max(share_of_tokens, share_of_places) >= self._target_utilization
+        share_of_tokens = num_tokens / self._pressure.of(self._max_num_batched_tokens)
+        share_of_places = len(self._waiting) / self._pressure.of(self._max_batch_size)
+        measured = self._step_time.utilization(num_tokens) if self._step_time.is_known else 0.0
+        return max(share_of_tokens, share_of_places, measured) >= self._target_utilization
 
     def _oldest_s(self) -> float:
         return min(sequence.arrival_s for sequence in self._waiting)
@@ -138,18 +152,21 @@ class PrefillScheduler:
 
     def _admit(self, now_s: float, budget: int, items: list[ScheduledSequence]) -> int:
         """Waiting prompts into the rest of the budget, in order; the first that gets no blocks ends it."""
-        self._waiting.sort(key=lambda sequence: order_key(sequence, now_s))
+        max_batch_size = self._pressure.of(self._max_batch_size)
         bucket = length_bucket(items[0].sequence.num_tokens) if items else None
-        for sequence in list(self._waiting):
-            if budget <= 0 or len(items) >= self._max_batch_size:
+        for sequence in self._order.of(self._waiting, now_s):
+            if budget <= 0 or len(items) >= max_batch_size:
                 break
             if self._is_bucketed and bucket is not None and length_bucket(sequence.num_tokens) != bucket:
+                if is_overdue(sequence, now_s):
+                    break  # a batch that its own bucket fills again and again would last for ever
                 continue
             if not self._blocks.admit(sequence):
                 self._lacks_blocks = True
                 break
             self._waiting.remove(sequence)
             self._running.append(sequence)
+            self._order.served(sequence, sequence.num_uncomputed_tokens)
             bucket = length_bucket(sequence.num_tokens)
             budget -= self._take_chunk(sequence, budget, items)
         return budget

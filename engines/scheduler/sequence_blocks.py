@@ -26,7 +26,7 @@ class SequenceBlocks:
         # Logits of cached positions are not computed, and prompt logprobs are made of them.
         if self._prefix_cache is not None and not sequence.wants_prompt_scores:
             cached = self._prefix_cache.match(sequence.token_slice(0, sequence.num_tokens), salt=sequence.tenant)
-        num_new = self._blocks_of(sequence.num_tokens) - len(cached)
+        num_new = self._blocks_of(max(sequence.num_tokens, sequence.num_reserved_tokens)) - len(cached)
         # Asked after the match: a cached block that got a reference is not free any more.
         if num_new + watermark_blocks > self._pool.num_free:
             self._pool.free(cached)

@@ -1,23 +1,19 @@
 """Full blocks found again by chained content hash, so that a shared prefix is computed once.
 
-    hash(i) = xxh3_128(hash(i-1), token ids of block i)       hash(-1) = xxh3_128(salt)
-
-Equal hashes mean equal tokens at equal positions under the same model and tenant (the salt), hence equal KV. The blocks
-stay in the pool: held, or free and cached until `BlockPool.allocate` evicts them. With tiers an evicted block goes on
-living there, and is copied back into a block of its own when its content is wanted again.
+Equal hashes (see `prefix_keys`) mean equal KV. The blocks stay in the pool: held, or free and cached until
+`BlockPool.allocate` evicts them. With tiers an evicted block goes on living there, and is copied back into a block of
+its own when its content is wanted again.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
 
-import xxhash
-
 from kvstore.blocks.block_pool import BlockPool
+from kvstore.blocks.prefix_keys import block_keys
 
 
 class BlockTiers(Protocol):
@@ -115,7 +111,26 @@ class PrefixCache:
         A content that is cached already keeps its first block; a partly filled last block is left out.
         """
         num_full = min(len(token_ids) // self._block_size, len(block_table))
-        for block_hash, block_id in zip(self._hashes(token_ids, num_full, salt), block_table, strict=False):
+        self.adopt(self._hashes(token_ids, num_full, salt), block_table)
+
+    def hold(self, keys: Sequence[bytes], first: int) -> list[int]:
+        """Blocks of `keys[first:]` as far as they are cached in a row, one reference taken on each."""
+        found: list[int] = []
+        for key in islice(keys, first, None):
+            block_id = self._by_hash.get(key)
+            if block_id is None:
+                break
+            found.append(block_id)
+        self._pool.share(found)
+        return found
+
+    def count(self, keys: Sequence[bytes]) -> int:
+        """How many of `keys` are cached in a row, from the first on."""
+        return next((index for index, key in enumerate(keys) if key not in self._by_hash), len(keys))
+
+    def adopt(self, keys: Iterable[bytes], block_ids: Sequence[int]) -> None:
+        """Make held blocks findable under these hashes; as `insert`, for KV that somebody else computed."""
+        for block_hash, block_id in zip(keys, block_ids, strict=False):
             if block_hash in self._by_hash or block_id in self._hash_of:
                 continue
             self.stats.inserted_blocks += 1
@@ -137,11 +152,7 @@ class PrefixCache:
         return self._hashes(token_ids, (len(token_ids) - 1) // self._block_size, salt)
 
     def _hashes(self, token_ids: Sequence[int], num_blocks: int, salt: bytes | str) -> Iterator[bytes]:
-        parent = xxhash.xxh3_128_digest(salt.encode() if isinstance(salt, str) else salt)
-        for start in range(0, num_blocks * self._block_size, self._block_size):
-            block_ids = array("q", token_ids[start : start + self._block_size])
-            parent = xxhash.xxh3_128_digest(parent + block_ids.tobytes())
-            yield parent
+        return block_keys(token_ids, num_blocks, self._block_size, salt=salt)
 
     def _forget(self, block_id: int) -> None:
         block_hash = self._hash_of.pop(block_id)

@@ -16,6 +16,9 @@ from kvstore.errors import BadRecord, StateError, StateUnavailable
 from kvstore.state import library, parsing, streams
 from kvstore.state.connection import Connection
 from kvstore.state.entries import FeedItem, TokenEntry
+from kvstore.state.handles import PrefixHandle
+from kvstore.state.handles import find as find_handle
+from kvstore.state.handles import put as put_handles
 from kvstore.state.keys import REGISTRY_KEY, checked_name, live_key, new_request_id, record_key, shard_of
 from kvstore.state.parsing import code_of, common, no_stale, turns_of
 from kvstore.state.records import AppendItem, NewRequest, Record, RenewItem, WorkerBeat, accept_arguments, record_from
@@ -241,6 +244,15 @@ class StateStore:
     def retire(self, incarnation: str) -> None:
         """Leaves the registry at once: an ordered exit."""
         self._connection.call("retire", REGISTRY_KEY, incarnation)
+
+    # ------------------------------------------------------------------ prefixes
+    def put_handles(self, handles: Sequence[PrefixHandle], secret: bytes) -> None:
+        """Files who keeps which prefix, signed, for some minutes."""
+        put_handles(self._connection, handles, secret)
+
+    def find_handle(self, names: Sequence[str], secrets: Sequence[bytes], now_s: float) -> PrefixHandle | None:
+        """The first of `names` that somebody keeps. A hint; `now_s` is Unix time."""
+        return find_handle(self._connection, names, secrets, now_s)
 
     # ------------------------------------------------------------------ display
     def record(self, rid: str) -> Record | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvstore.address import KVAddress
+
 
 # ---------------------------------------------------------------- at the receiver
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,17 @@ class BlocksFree:
     xfer: str
 
 
+@dataclass(frozen=True, slots=True)
+class FetchRequested:
+    """A peer wants blocks [first, ...) of the chain that `keys` name pushed to `address`. Push them, or decline."""
+
+    xfer: str  # the peer's name for it
+    link: int  # the connection it came over
+    keys: tuple[bytes, ...]
+    first: int
+    address: KVAddress
+
+
 # ---------------------------------------------------------------- at the writer
 @dataclass(frozen=True, slots=True)
 class GrantReceived:
@@ -61,6 +74,13 @@ class GrantRefused:
     xfer: str
     reason: str
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDeclined:
+    """The peer that was asked for a prefix does not have it, or no time for it."""
+
+    xfer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +114,15 @@ class SourceFree:
 
 
 Event = (
-    ReserveRequested | Arrived | BlocksFree | GrantReceived | GrantRefused | Handed | Refused | PushFailed | SourceFree
+    ReserveRequested
+    | Arrived
+    | BlocksFree
+    | FetchRequested
+    | FetchDeclined
+    | GrantReceived
+    | GrantRefused
+    | Handed
+    | Refused
+    | PushFailed
+    | SourceFree
 )

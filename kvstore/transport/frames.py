@@ -18,6 +18,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from kvstore.address import KVAddress
 from kvstore.reshard.layout import KVLayout
 from kvstore.transport.errors import BadFrame
 
@@ -25,6 +26,8 @@ MAGIC: Final = b"CKV1"
 VERSION: Final = 2
 HEADER: Final = struct.Struct(">4sBBHI")
 DATA_HEADER: Final = struct.Struct(">QQIIHH")
+MAX_FETCH_KEYS: Final = 16384
+FETCH_PREFIX: Final = "fetch:"  # names of fetches; no transfer is called so
 
 
 class FrameType(IntEnum):
@@ -45,12 +48,16 @@ class FrameType(IntEnum):
     FENCE = 15  # <-
     FENCED = 16  # -> like ABORT, as the answer to FENCE
     PUSHED = 24  # -> shm only: these pages have been written; the sub-header of DATA, without pages
+    FETCH = (
+        17  # -> push me what you hold of this prefix; a hint, answered by a RESERVE of the other side, or not at all
+    )
 
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 KeyId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+BlockKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -141,6 +148,13 @@ class FenceBody(Body, frozen=True, array_like=True):
     grant_id: Id
 
 
+class FetchBody(Body, frozen=True, array_like=True):
+    fetch: Id
+    keys: Annotated[list[BlockKey], msgspec.Meta(max_length=MAX_FETCH_KEYS)]  # of a chain of blocks, from its start
+    first: Count  # of these, the first that is wanted
+    address: KVAddress  # of whoever asks: where the pages shall go
+
+
 @dataclass(frozen=True, slots=True)
 class DataHeader:
     serial: int
@@ -165,6 +179,7 @@ MAX_LENGTH: Final[dict[FrameType, int]] = {
     FrameType.WELCOME: 64 << 10,
     FrameType.RENEW: 512 << 10,
     FrameType.GRANT: 8 << 20,
+    FrameType.FETCH: 512 << 10,
     FrameType.COMMIT: _LARGE,  # carries the prompt's ids
     FrameType.DATA: 1 << 30,  # tightened to the granted bytes by its sub-header
 }

@@ -30,11 +30,12 @@ from kvstore.overdue import OverdueWriter
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame
-from kvstore.transport.events import Arrived, BlocksFree, ReserveRequested
+from kvstore.transport.events import Arrived, BlocksFree, FetchRequested, ReserveRequested
 from kvstore.transport.frames import (
     Commit,
     DataHeader,
     FenceBody,
+    FetchBody,
     FrameType,
     GrantBody,
     HandedBody,
@@ -160,8 +161,19 @@ class ReceiverSide:
             self._perform(self.table.on_writer_done(parse_body(kind, body, FenceBody).xfer, link.serial))
         elif kind is FrameType.RENEW:
             self.table.on_renew(parse_body(kind, body, Renew).xfers, link.serial, now)
+        elif kind is FrameType.FETCH:
+            fetch = parse_body(kind, body, FetchBody)
+            if fetch.address.incarnation != link.peer:
+                raise BadFrame(reason="state", detail=f"FETCH of {link.peer} for {fetch.address.incarnation}")
+            self._context.emit(FetchRequested(fetch.fetch, link.serial, tuple(fetch.keys), fetch.first, fetch.address))
         else:
             raise BadFrame(reason="state", detail=f"{kind.name} from a writer")
+
+    def decline(self, serial: int, fetch: str) -> None:
+        """The engine's answer to `FetchRequested`, where it pushes nothing."""
+        link = self._links.get(serial)
+        if link is not None:
+            link.send(frame(FrameType.REFUSED, RefusedBody(fetch, "not_here")))
 
     def _on_reserve(self, link: ReaderLink, reserve: Reserve) -> None:
         asked = Reservation(reserve.xfer, reserve.rid, reserve.epoch, reserve.token, reserve.num_blocks)

@@ -17,8 +17,9 @@ from kvstore.address import KVAddress
 from kvstore.native.pages import CellDigests
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.errors import BadFrame
-from kvstore.transport.events import Event, GrantReceived, GrantRefused, SourceFree
+from kvstore.transport.events import Event, FetchDeclined, GrantReceived, GrantRefused, SourceFree
 from kvstore.transport.frames import (
+    FETCH_PREFIX,
     Commit,
     FenceBody,
     FrameType,
@@ -37,6 +38,7 @@ from kvstore.transport.transfers import Transfer, XferEvent, XferState, advance,
 from kvstore.transport.writer_link import LinkPhase, WriterLink
 
 MAX_RENEW_XFERS = 1024
+MAX_FIRST_FRAMES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +83,21 @@ class WriterSide:
             if link.phase is LinkPhase.OPEN:
                 self._send_reserve(link, transfer)
 
+    def fetch(self, target: KVAddress, data: bytes) -> None:
+        """Send a FETCH. It is a hint: where there is no way to `target` just now, nothing happens."""
+        link = self._links.get(target.incarnation)
+        if link is None:
+            until_s, _ = self._backoffs.get(target.incarnation, (0.0, 0.0))
+            if self._context.clock() < until_s:
+                return
+            link = self._links[target.incarnation] = WriterLink(self._context, self, target)
+            link.first_frames.append(data)
+            link.dial()
+        elif link.phase is LinkPhase.OPEN:
+            link.send(data)
+        elif len(link.first_frames) < MAX_FIRST_FRAMES:
+            link.first_frames.append(data)
+
     def push(self, xfer: str, pairs: Pairs, layer_lo: int, layer_hi: int) -> None:
         found = self._find(xfer, XferState.GRANTED)
         if found is not None:
@@ -118,6 +135,8 @@ class WriterSide:
         self._context.counters[f"links_{link.protocol}"] += 1
         for transfer in list(link.transfers.values()):
             self._send_reserve(link, transfer)
+        while link.first_frames:
+            link.send(link.first_frames.pop(0))
 
     def on_lost(self, link: WriterLink, reason: str) -> None:
         """Nothing can be written over it any more. Its transfers fail; the next reserve may dial again."""
@@ -146,7 +165,9 @@ class WriterSide:
         elif kind is FrameType.REFUSED:
             refused = parse_body(kind, body, RefusedBody)
             transfer = link.transfers.get(refused.xfer)
-            if transfer is not None:
+            if refused.xfer.startswith(FETCH_PREFIX):
+                self._context.emit(FetchDeclined(refused.xfer))
+            elif transfer is not None:
                 is_answered = transfer.state is XferState.RESERVING or bool(transfer.commit_frame)
                 self._close(link, transfer, XferEvent.REFUSED, refused.reason, None if is_answered else FrameType.ABORT)
         else:

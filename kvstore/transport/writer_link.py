@@ -59,6 +59,7 @@ class WriterLink:
         self.phase = LinkPhase.DIALLING
         self.transfers: dict[str, Transfer] = {}
         self.jobs: deque[tuple[Transfer, Iterator[None]]] = deque()
+        self.first_frames: list[bytes] = []  # go out when it is open
         self.mover: Mover | None = None
         self.converter: ConvertingMover | None = None  # the mover, if the peer has another layout
         self.fault_detail = ""  # of a handshake that failed: what differs
@@ -78,7 +79,7 @@ class WriterLink:
             protocol, family, address = self._candidates.pop(0)
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             sock.setblocking(False)
-            if protocol == "tcp":
+            if protocol == "tcp":  # rdma sends control frames only
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TCP_BUFFER_BYTES)
             code = sock.connect_ex(address)
             if code not in (0, errno.EINPROGRESS):
@@ -199,24 +200,26 @@ class WriterLink:
                 raise BadFrame(reason="state", detail=f"WELCOME with {len(connection.fds)} descriptors")
             shape = {name: getattr(welcome, name) for name in ("num_blocks", "num_layers", "layer_bytes")}
             self._peer_region = KVRegion.attach(connection.fds.pop(), **shape)
-        if connection.protocol == "rdma":
-            self.mover = self._rdma_mover(welcome, is_plain=conversion is None or conversion.is_plain)
-        elif conversion is None or conversion.is_plain:
-            peer = self._peer_region
-            self.mover = TcpMover(region, connection) if peer is None else ShmMover(region, peer, connection)
-        else:
+        is_plain = conversion is None or conversion.is_plain
+        if conversion is not None and not is_plain:
+            if connection.protocol == "rdma":
+                raise RdmaError(reason="no_rdma", detail="KV of another layout is converted for shm and tcp only")
             self.mover = self.converter = _converter(region, self._peer_region, connection, conversion)
+        elif self._peer_region is not None:
+            self.mover = ShmMover(region, self._peer_region, connection)
+        elif connection.protocol == "rdma":
+            self.mover = self._rdma_mover(welcome)
+        else:
+            self.mover = TcpMover(region, connection)
         connection.is_greeting = False
         self.num_peer_blocks = welcome.num_blocks
         self.phase = LinkPhase.OPEN
         self._owner.on_open(self)
 
-    def _rdma_mover(self, welcome: Welcome, *, is_plain: bool) -> RdmaMover:
-        """Raises RdmaError: no_rdma, the peer's metadata cannot be used, or it has another layout."""
+    def _rdma_mover(self, welcome: Welcome) -> RdmaMover:
+        """Raises RdmaError: no_rdma, the peer's metadata cannot be used."""
         context = self._context
         assert context.rdma is not None  # or it were no candidate
-        if not is_plain:
-            raise RdmaError(reason="no_rdma", detail="pages of another layout are converted over shm and tcp only")
         agent = context.rdma.make_agent(context.incarnation)
         try:
             agent.connect(welcome.rdma_metadata)

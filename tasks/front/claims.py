@@ -12,15 +12,17 @@ from functools import partial
 
 import msgspec
 
-from engines.messages import Add, Peers, Stop
+from engines.messages import Add, PrefixHint, Stop
 from engines.params import SamplingParams
 from kvstore.state.entries import TokenLogprobs
+from kvstore.state.records import RequestBody
 from kvstore.state.replies import Busy, Claimed, Final, Gone
 from tasks.front.context import FrontContext
 from tasks.front.ends import RequestEnds, end_job
 from tasks.front.hands import Hand, Hands
 from tasks.front.peers import PeerTable
 from tasks.front.ports import JobPort
+from tasks.front.prefixes import Prefixes
 from tasks.front.requests import Choice, LiveRequest, Phase
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,11 @@ _decode_params = msgspec.msgpack.Decoder(SamplingParams).decode
 class Claims:
     """Output thread."""
 
-    def __init__(self, ctx: FrontContext, ends: RequestEnds, peers: PeerTable) -> None:
+    def __init__(self, ctx: FrontContext, ends: RequestEnds, peers: PeerTable, prefixes: Prefixes) -> None:
         self._ctx = ctx
         self._ends = ends
         self._peers = peers
+        self._prefixes = prefixes
         self.hands = Hands()
         self._claiming: dict[str, Hand] = {}
         self._alone: tuple[LiveRequest, Callable[[], None]] | None = None
@@ -194,7 +197,7 @@ class Claims:
         ctx, body = self._ctx, claimed.body
         targets = self._peers.targets
         if request.mode == "push" and self._peers.take_order_if_new():
-            ctx.link.send(Peers(targets))
+            ctx.link.send(self._peers.message())
         ctx.link.send(
             Add(
                 rid=request.rid,
@@ -210,11 +213,17 @@ class Claims:
                 deadline_s=max(request.deadline_s - ctx.clock(), 0.0),
                 targets=targets if request.mode == "push" else [],
                 reserve_full=claimed.attempts > PINNED_AFTER_CLAIMS,
+                prefix=self._find_prefix(request, body),
             )
         )
         self._stop_finished(request)
         if any(choice.is_unpublished() for choice in request.choices):
             ctx.dirty.add(request)
+
+    def _find_prefix(self, request: LiveRequest, body: RequestBody) -> PrefixHint | None:
+        """Of the prompt and, after a recovery, of what was generated: there a checkpoint may be."""
+        ids = body.prompt_ids + (request.choices[0].ids if len(request.choices) == 1 else [])
+        return self._prefixes.find(ids, body.tenant) if self._prefixes.is_wanted(len(ids)) else None
 
     def _stop_finished(self, request: LiveRequest) -> None:
         """The engine knows eos and lengths; that a stop string has ended a choice only we know."""

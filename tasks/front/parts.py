@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import configs
 from configs.schema import Settings
 from engines import messages
 from engines.messages import EngineMessage
@@ -23,6 +24,7 @@ from tasks.front.engine_life import EngineLife
 from tasks.front.link import EngineLink
 from tasks.front.peers import PeerTable
 from tasks.front.ports import HubPort, JobPort
+from tasks.front.prefixes import Prefixes
 from tasks.front.publisher import Publisher
 from tasks.front.registry import Registry
 from tasks.front.renewals import Renewals
@@ -71,10 +73,11 @@ class FrontParts:
         self.peers = PeerTable(model=ctx.model)
         self.publisher = Publisher(ctx, self.ends)
         self.renewals = Renewals(ctx, self.ends, self.publisher)
-        self.claims = Claims(ctx, self.ends, self.peers)
+        self.prefixes = Prefixes(ctx, lambda: configs.secrets(settings))
+        self.claims = Claims(ctx, self.ends, self.peers, self.prefixes)
         self.reports = EngineReports(ctx, self.ends, self.peers)
         self.arrivals = Arrivals(ctx, self.ends)
-        self.registry = Registry(ctx, self.peers)
+        self.registry = Registry(ctx, self.peers, self.prefixes)
         self.life = EngineLife(
             ctx,
             ends=self.ends,
@@ -91,6 +94,7 @@ class FrontParts:
             messages.NoGrant: self.reports.on_no_grant,
             messages.Pushed: self.reports.on_pushed,
             messages.Preempted: self.reports.on_preempted,
+            messages.Kept: self.prefixes.on_kept,
             messages.Failed: self.reports.on_failed,
             messages.Incoming: self.arrivals.on_incoming,
             messages.Arrived: self.arrivals.on_arrived,
@@ -153,7 +157,7 @@ class FrontParts:
         self._handlers[type(message)](message)
 
     def _on_ready(self, message: messages.Ready) -> None:
-        self.peers.set_own(compat=message.address.compat, host_id=message.address.host_id)
+        self.peers.set_own(message.address)
         self.life.on_ready(message)
 
     def _on_stats(self, message: messages.Stats) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
-from engines.messages import Peers
+from configs import SecretError
 from kvstore.errors import KVStoreError, StateUnavailable
 from kvstore.state.records import WorkerBeat
 from tasks.front.context import FrontContext
 from tasks.front.peers import PeerTable
+from tasks.front.prefixes import Prefixes
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +18,12 @@ BEAT_EVERY_S = 0.5
 
 
 class Registry:
-    """Output thread. One beat is one call; a prefill worker reads the others' in a second one."""
+    """Output thread. One beat is one call; a worker that pushes reads the others' in a second one."""
 
-    def __init__(self, ctx: FrontContext, peers: PeerTable) -> None:
+    def __init__(self, ctx: FrontContext, peers: PeerTable, prefixes: Prefixes) -> None:
         self._ctx = ctx
         self._peers = peers
+        self._prefixes = prefixes
         self._due_s = ctx.clock()
 
     def next_s(self) -> float:
@@ -40,18 +42,20 @@ class Registry:
             return
         try:
             ctx.store.heartbeat(self._beat(free_hands=free_hands, num_waiting=num_waiting))
-            if ctx.options.role == "prefill":
+            if ctx.options.role != "both":
                 self._refresh_peers()
+            self._prefixes.register()
         except StateUnavailable:
             return  # the next beat is half a second away
-        except KVStoreError as error:
+        except (KVStoreError, SecretError) as error:
             log.warning("no beat: %s", error)
 
     def _refresh_peers(self) -> None:
         stats = self._ctx.stats
         self._peers.refresh(self._ctx.store.workers(), () if stats is None else stats.links)
+        self._prefixes.num_keepers = len(self._peers.caches)
         if self._peers.take_order_if_new():
-            self._ctx.link.send(Peers(self._peers.targets))
+            self._ctx.link.send(self._peers.message())
 
     def leave(self, incarnation: str) -> None:
         """Out of the registry at once; a failure only leaves it there for 2 s."""

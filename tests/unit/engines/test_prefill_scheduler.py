@@ -160,6 +160,20 @@ def test_packing_saves_5000_of_12500_tokens_of_padding() -> None:
     assert plan.num_tokens + plan.num_padding_tokens == 12_500
 
 
+def test_buckets_leave_500_tokens_of_padding_where_one_batch_would_have_5000() -> None:
+    scheduler = make_scheduler(batching="bucketed", max_num_batched_tokens=16_384, batch_wait_ms=0.0)
+    for i, length in enumerate([500, 1000, 1500, 2000, 2500]):
+        scheduler.add(make(f"r{length}", length, arrival_s=i * 0.1))
+    padding = []
+    for now in (1.0, 2.0, 3.0, 4.0):
+        plan = scheduler.schedule(now)
+        assert plan is not None
+        padding.append(plan.num_padding_tokens)
+        finish(scheduler, plan)
+
+    assert (padding, scheduler.num_waiting) == ([0, 0, 500, 0], 0)
+
+
 def test_bucketed_batches_hold_prompts_of_about_the_same_length() -> None:
     scheduler = make_scheduler(batching="bucketed", max_num_batched_tokens=16_384, batch_wait_ms=0.0)
     for i, length in enumerate([500, 1000, 400, 1900, 600]):

@@ -28,6 +28,7 @@ TINY_CHAT = Path(__file__).resolve().parents[3] / "models" / "tiny-chat"
 RID = "abc-s00"
 NO_ANSWER = StateUnavailable(command="x", reason="timeout", detail="")
 ADDRESS = KVAddress(incarnation="e", host_id="h")
+OWN_ADDRESS = KVAddress(incarnation="own", host_id="h")
 
 
 def beat(node: str = "d0@h", role: str = "decode", **fields: Any) -> WorkerBeat:
@@ -74,7 +75,7 @@ class Rig:
         self._reader = messages.FrameReader()
         self.says(
             messages.Ready(
-                pid=1, address=ADDRESS, num_blocks=100, block_size=16, max_model_len=2048, dtype="float32",
+                pid=1, address=OWN_ADDRESS, num_blocks=100, block_size=16, max_model_len=2048, dtype="float32",
                 device="cpu", visible_device="", num_threads=1, load_s=0.0,
             )
         )  # fmt: skip
