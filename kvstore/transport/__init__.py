@@ -10,6 +10,8 @@ from kvstore.transport.events import (
     Arrived,
     BlocksFree,
     Event,
+    FetchDeclined,
+    FetchRequested,
     GrantReceived,
     GrantRefused,
     Handed,
@@ -18,6 +20,7 @@ from kvstore.transport.events import (
     ReserveRequested,
     SourceFree,
 )
+from kvstore.transport.frames import FETCH_PREFIX
 from kvstore.transport.node import KVNode
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import Times
@@ -25,10 +28,13 @@ from kvstore.transport.tls import TlsFiles
 from kvstore.transport.touch import start_touching
 
 __all__ = [
+    "FETCH_PREFIX",
     "Arrived",
     "BadFrame",
     "BlocksFree",
     "Event",
+    "FetchDeclined",
+    "FetchRequested",
     "GrantReceived",
     "GrantRefused",
     "Handed",

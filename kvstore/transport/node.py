@@ -24,7 +24,8 @@ from kvstore.overdue import OverdueWriter
 from kvstore.reshard.layout import KVLayout
 from kvstore.transport.errors import RdmaError, TransportError
 from kvstore.transport.estimator import LinkEstimates
-from kvstore.transport.events import Event, ReserveRequested
+from kvstore.transport.events import Event, FetchRequested, ReserveRequested
+from kvstore.transport.frames import FETCH_PREFIX, MAX_FETCH_KEYS, FetchBody, FrameType, frame
 from kvstore.transport.listeners import TcpListener, UnixListener
 from kvstore.transport.loop import Loop
 from kvstore.transport.rdma_node import RdmaNode
@@ -88,6 +89,8 @@ class KVNode:
         if unknown or not protocols:
             raise ValueError(f"transfer protocols {list(protocols)}: expected some of shm, rdma, tcp")
         rdma = _rdma_node(region, is_needed=len(protocols) == 1) if "rdma" in protocols else None
+        if rdma is None:
+            protocols = [protocol for protocol in protocols if protocol != "rdma"]
         if layout is not None and (layout.num_layers, layout.layer_bytes) != (region.num_layers, region.layer_bytes):
             shape = f"{region.num_layers} layers of {region.layer_bytes} bytes"
             raise ValueError(f"{layout} is not the layout of a region of {shape}")
@@ -123,6 +126,7 @@ class KVNode:
         self._writer = WriterSide(self._context, self._loop)
         self._receiver = ReceiverSide(self._context, self._loop)
         self._listeners: list[UnixListener | TcpListener] = []
+        self._address: KVAddress | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kv", daemon=True)
 
@@ -151,7 +155,7 @@ class KVNode:
         for listener in self._listeners:
             self._loop.add(listener)
         self._thread.start()
-        return KVAddress(
+        self._address = KVAddress(
             incarnation=context.incarnation,
             host_id=context.host_id,
             unix_path=unix_path,
@@ -161,6 +165,7 @@ class KVNode:
             rdma_version=context.rdma.version if context.rdma is not None else "",
             compat=context.compat,
         )
+        return self._address
 
     def stop(self) -> None:
         """Close all links, then the listeners. Peers see EOF; our memory stays mapped until the process ends."""
@@ -225,6 +230,24 @@ class KVNode:
     def abandon(self, xfer: str) -> None:
         """Close a transfer. `SourceFree` follows when its source blocks are read no more, also if it is over."""
         self._post(lambda: self._writer.abandon(xfer))
+
+    def fetch(self, holder: KVAddress, name: str, keys: Sequence[bytes], *, first: int) -> None:
+        """Ask `holder` to push blocks [first, ...) of a prefix here: a hint.
+
+        A `ReserveRequested` of the holder follows, or `FetchDeclined`, or nothing at all if it cannot be reached.
+
+        Args:
+            name: begins with "fetch:".
+            keys: of the chain of blocks, from its start.
+        """
+        assert self._address is not None, "fetch before start"
+        assert name.startswith(FETCH_PREFIX), name
+        data = frame(FrameType.FETCH, FetchBody(name, list(keys[:MAX_FETCH_KEYS]), first, self._address))
+        self._post(lambda: self._writer.fetch(holder, data))
+
+    def decline(self, request: FetchRequested) -> None:
+        """Answer a `FetchRequested` that nothing is pushed for."""
+        self._post(lambda: self._receiver.decline(request.link, request.xfer))
 
     # ---------------------------------------------------------------- receiver
     def grant(self, request: ReserveRequested, blocks: list[int] | None, reason: str = "") -> None:
