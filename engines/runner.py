@@ -20,6 +20,7 @@ from engines.models.generic import GenericModel
 from engines.models.llama import LlamaModel
 from engines.packed_batch import PackedBatch
 from engines.prompt_scores import PromptScores
+from engines.sampling.peaks import find_peaks
 from engines.sampling.prompt_logprobs import score_tokens
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import StepPlan
@@ -54,6 +55,7 @@ class ModelRunner:
         self._region = region
         self._device = device
         self._attention = _attention_of(model, region.kv)
+        self._kernels = model.kernels if isinstance(model, LlamaModel) else None
         self._sampler = Sampler(model.config.eos_token_ids)
         self._timer = timer
 
@@ -140,16 +142,18 @@ class ModelRunner:
         ended = hidden if len(needs.hidden_rows) == len(hidden) else hidden[needs.hidden_rows]
         logits = self._model.logits(ended)
         self._timer.split("logits")
-        # NaN wins every maximum, so one look at the maxima finds all of them.
-        is_nan = logits.amax(-1).isnan()
-        broken = set(is_nan.nonzero().flatten().tolist()) if bool(is_nan.any()) else set()
+        peaks, rows_with_nan = find_peaks(logits, self._kernels)
+        broken = set(rows_with_nan)
         if broken - needs.drafted:
             raise NonFiniteLogits(request_ids=[needs.rids[i] for i in sorted(broken - needs.drafted)])
         if broken:
-            logits[is_nan] = 0.0  # behind guesses that may be wrong: whatever is sampled there does not count
+            # Behind guesses that may be wrong: whatever is sampled there does not count.
+            logits[rows_with_nan] = 0.0
+            peaks = [0 if i in broken else peak for i, peak in enumerate(peaks)]
         if len(needs.rows) != len(needs.hidden_rows):
             logits = logits[needs.logit_of]
-        return needs.result(*self._sampler.sample(logits, needs.rows), broken)
+            peaks = [peaks[i] for i in needs.logit_of]
+        return needs.result(*self._sampler.sample(logits, needs.rows, peaks), broken)
 
 
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:

@@ -38,6 +38,7 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type
     "run_layers": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
+_FIND_PEAKS: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
 
 
 class Kernels:
@@ -51,6 +52,8 @@ class Kernels:
         self.silu_mul = _function(library, "silu_mul", dtype)
         self.rotate = _function(library, "rotate", dtype)
         self.run_layers = _function(library, "run_layers", dtype)
+        self.find_peaks = library.find_peaks  # of fp32 logits, whatever the dtype of the model
+        self.find_peaks.restype, self.find_peaks.argtypes = None, _FIND_PEAKS
         self.packed_size = _function(library, "packed_size", dtype)
         self.pack_weight = _function(library, "pack_weight", dtype)
         self.linear = _function(library, "linear", dtype)

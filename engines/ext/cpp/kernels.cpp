@@ -1,4 +1,5 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
+#include "peaks.h"
 #include "stack.h"
 
 using celeriac::bf16;
@@ -67,6 +68,11 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
                                      int64_t num_threads) {                                                          \
     linear(*weight, rows, x, x_stride, out, num_threads);                                                            \
   }
+
+extern "C" void find_peaks(int64_t num_rows, int64_t size, const float* logits, int64_t* ids, bool* is_nan,
+                           int64_t num_threads) {
+  celeriac::find_peaks(num_rows, size, logits, ids, is_nan, num_threads);
+}
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bf16)
