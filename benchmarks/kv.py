@@ -23,7 +23,9 @@ from benchmarks.stats import Ratio, paired_ratio, percentile
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM: Final = "kvstore.transport.measure_rounds"
 TIMEOUT_S: Final = 1800
-GOALS: Final = {"shm_contiguous": 0.85, "shm_16k": 0.60, "tcp_contiguous": 0.25}
+PROTOCOLS: Final = ("shm", "tcp", "rdma")
+GOALS: Final = {"shm_contiguous": 0.85, "shm_16k": 0.60, "tcp_contiguous": 0.25, "rdma_contiguous": 0.30}
+NO_GOAL: Final = ("tcp_16k", "rdma_16k")
 NOTICE_GOAL_US: Final = {"shm": 150.0, "tcp": 200.0}
 INTEGRITY_GOAL: Final = 0.99
 OUTPUT_WIDTH: Final = 120
@@ -32,17 +34,26 @@ OUTPUT_WIDTH: Final = 120
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=12, show_default=True, help="Interleaved rounds.")
 @click.option("--mib", type=click.IntRange(1, 4096), default=64, show_default=True, help="MiB of one transfer.")
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice(PROTOCOLS),
+    multiple=True,
+    default=("shm", "tcp"),
+    show_default=True,
+    help="Transport to measure; may be given several times. rdma: NIXL, over tcp where no device is.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def kv(rounds: int, mib: int, as_json: bool) -> None:
-    """Measure KV transfers: shm and tcp, large and 16 KiB blocks, with and without checksum, 1 to 4 pairs at once; and
-    pairs of unlike layouts: half of the heads, blocks of 16 into 32 tokens, bfloat16 into float32, compressed.
+def kv(rounds: int, mib: int, protocols: tuple[str, ...], as_json: bool) -> None:
+    """Measure KV transfers: large and 16 KiB blocks, with and without checksum, 1 to 4 pairs at once; over shm and tcp
+    also pairs of unlike layouts: half of the heads, blocks of 16 into 32 tokens, bfloat16 into float32, compressed.
 
     Time of a transfer: from the push until the writer knows that the KV was handed over. Of a notice: from the push of
     64 KiB until the receiving engine has heard that it is there; its checksum is on.
     """
     load_before = os.getloadavg()[0]
     try:
-        measured = run_program(rounds, mib)
+        measured = run_program(rounds, mib, list(dict.fromkeys(protocols)))
     except ProgramFailed as error:
         raise click.ClickException(str(error)) from error
     rows, ratios = summarize_rounds(measured)
@@ -60,13 +71,13 @@ def kv(rounds: int, mib: int, as_json: bool) -> None:
     print_sheets(console, engine_report.ratio_sheets(ratios))
 
 
-def run_program(num_rounds: int, mib: int) -> dict[str, Any]:
+def run_program(num_rounds: int, mib: int, protocols: Sequence[str]) -> dict[str, Any]:
     """The raw seconds of every case and round.
 
     Raises:
         ProgramFailed: it ended with an error, or hangs.
     """
-    command = [sys.executable, "-m", PROGRAM, str(num_rounds), str(mib)]
+    command = [sys.executable, "-m", PROGRAM, str(num_rounds), str(mib), ",".join(protocols)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except subprocess.CalledProcessError as error:
@@ -86,22 +97,31 @@ def summarize_rounds(measured: Mapping[str, Any]) -> tuple[list[dict[str, Any]],
     ]
     rows.sort(key=lambda row: (row["case"] != "memcpy", row["case"]))
     ratios = {
-        f"{name}_vs_memcpy": paired_ratio(seconds["memcpy"], seconds[name], goal=goal) for name, goal in GOALS.items()
+        f"{_ratio_name(name)}_vs_memcpy": paired_ratio(seconds["memcpy"], seconds[name], goal=GOALS.get(name))
+        for name in (*GOALS, *NO_GOAL)
+        if name in seconds
     }
     for name in ("shm_heads", "shm_blocks", "shm_widen", "tcp_heads", "tcp_blocks", "tcp_widen"):
         if name in seconds:
             ratios[f"{name}_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds[name])
-    ratios["tcp_16k_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds["tcp_16k"])
-    for protocol, goal_us in NOTICE_GOAL_US.items():
+    for protocol in rounds[0]["notice_s"]:
         per_round_us = [percentile(one["notice_s"][protocol], 0.5) * 1e6 for one in rounds]
         every_us = [s * 1e6 for one in rounds for s in one["notice_s"][protocol]]
         rows.append({"case": f"{protocol}_64k_notice", **{f"p{q}_us": percentile(every_us, q / 100) for q in (50, 99)}})
+        if protocol not in NOTICE_GOAL_US:
+            continue
+        goal_us = NOTICE_GOAL_US[protocol]
         name = f"{protocol}_64k_notice_p50_vs_{goal_us:g}us"
         ratios[name] = paired_ratio(per_round_us, [goal_us] * len(rounds), goal=1.0, at_most=True)
-    for name in ("shm_contiguous", "tcp_contiguous"):
+    for name in [name for name in ("shm_contiguous", "tcp_contiguous", "rdma_contiguous") if name in seconds]:
         ratio = paired_ratio(seconds[name], seconds[f"{name}_checked"], goal=INTEGRITY_GOAL)
-        ratios[f"{name}_checked_vs_unchecked"] = ratio
+        ratios[f"{_ratio_name(name)}_checked_vs_unchecked"] = ratio
     return rows, ratios
+
+
+def _ratio_name(case: str) -> str:
+    """Ratios over rdma carry the name of what moves the bytes."""
+    return case.replace("rdma", "nixl")
 
 
 def _num_pairs(name: str) -> int:

@@ -1,6 +1,6 @@
 """How fast this machine moves KV between two processes, in interleaved rounds; what `celeriac bench kv` runs.
 
-    python -m kvstore.transport.measure_rounds <rounds> <MiB per transfer>      prints one JSON object
+    python -m kvstore.transport.measure_rounds <rounds> <MiB per transfer> [shm,tcp,rdma]      prints one JSON object
 
 A round does each case once, in an order that turns from round to round; all cases of a round are compared with the
 memmove of the same round, so a drift of the machine falls on both sides.
@@ -9,10 +9,11 @@ memmove of the same round, so a drift of the machine falls on both sides.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -46,24 +47,25 @@ class Rounds(msgspec.Struct):
     rounds: list[Round]
 
 
-def specs(num_bytes: int) -> list[NodeSpec]:
+def specs(num_bytes: int, protocols: Sequence[str] = PROTOCOLS) -> list[NodeSpec]:
     """Every kind of pair that is measured."""
     found = []
-    for protocol in PROTOCOLS:
+    for protocol in protocols:
         large, small = num_bytes // LARGE_BYTES, num_bytes // SMALL_BYTES
         found += [
             NodeSpec(f"{protocol}_contiguous", protocol, LARGE_BYTES, large, False, False),
             NodeSpec(f"{protocol}_contiguous_checked", protocol, LARGE_BYTES, large, True, False),
             NodeSpec(f"{protocol}_16k", protocol, SMALL_BYTES, small, False, True),
             NodeSpec(f"{protocol}_16k_checked", protocol, SMALL_BYTES, small, True, True),
-            *unlike_specs(protocol, num_bytes),
         ]
+        if protocol != "rdma":  # it moves pages as they are
+            found += unlike_specs(protocol, num_bytes)
     return found
 
 
-def measure_rounds(num_rounds: int, num_bytes: int) -> Rounds:
-    """Raises TimeoutError: a reader did not answer."""
-    wanted = specs(num_bytes)
+def measure_rounds(num_rounds: int, num_bytes: int, protocols: Sequence[str] = PROTOCOLS) -> Rounds:
+    """Raises TimeoutError: a reader did not answer; RdmaError: `rdma` cannot be used here."""
+    wanted = specs(num_bytes, protocols)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="celeriac-kv-"))
         memory, other = Memory(max(spec.num_bytes("w") for spec in wanted)), Memory(num_bytes)
@@ -72,7 +74,7 @@ def measure_rounds(num_rounds: int, num_bytes: int) -> Rounds:
             for k in range(MAX_PAIRS)
         ]
         writers = {spec.name: Writer(memory, spec, readers[0], side="w0", folder=folder) for spec in wanted}
-        crowds = {protocol: [writers[f"{protocol}_contiguous"]] for protocol in PROTOCOLS}
+        crowds = {protocol: [writers[f"{protocol}_contiguous"]] for protocol in protocols}
         for k in range(1, MAX_PAIRS):
             for spec in _plain(wanted):
                 crowds[spec.protocol].append(Writer(memory, spec, readers[k], side=f"w{k}", folder=folder))
@@ -80,7 +82,7 @@ def measure_rounds(num_rounds: int, num_bytes: int) -> Rounds:
         for writer in [*everyone.values(), *(w for w in writers.values() if id(w) not in everyone)]:
             stack.callback(writer.close)
         cases = _cases(memory.whole, other.whole, writers, crowds)
-        rounds = [_round(cases, writers, turn=k) for k in range(WARM_ROUNDS + num_rounds)]
+        rounds = [_round(cases, writers, protocols, turn=k) for k in range(WARM_ROUNDS + num_rounds)]
         return Rounds(num_bytes, num_bytes // SMALL_BYTES, rounds[WARM_ROUNDS:])
 
 
@@ -116,18 +118,21 @@ def _memcpy(own: KVRegion, other: KVRegion) -> float:
     return time.monotonic() - start_s
 
 
-def _round(cases: dict[str, Case], writers: dict[str, Writer], *, turn: int) -> Round:
+def _round(cases: dict[str, Case], writers: dict[str, Writer], protocols: Sequence[str], *, turn: int) -> Round:
     names = list(cases)
-    first = turn * 5 % len(names)  # 5 is prime to the number of cases: each comes at every place
+    step = next(prime for prime in (5, 7, 11, 13) if len(names) % prime)  # so each comes at every place
+    first = turn * step % len(names)
     seconds = {name: cases[name]() for name in names[first:] + names[:first]}
     notices = {
         protocol: [
             writers[f"{protocol}_16k_checked"].push_few(NOTICE_BYTES // SMALL_BYTES) for _ in range(NOTICES_PER_ROUND)
         ]
-        for protocol in (PROTOCOLS if turn % 2 else PROTOCOLS[::-1])
+        for protocol in (protocols if turn % 2 else protocols[::-1])
     }
     return Round(seconds, notices)
 
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(measure_rounds(int(sys.argv[1]), int(sys.argv[2]) << 20)).decode())
+    chosen = sys.argv[3].split(",") if len(sys.argv) > 3 else PROTOCOLS
+    print(msgspec.json.encode(measure_rounds(int(sys.argv[1]), int(sys.argv[2]) << 20, chosen)).decode(), flush=True)
+    os._exit(0)  # NIXL's libraries may crash in the interpreter's teardown

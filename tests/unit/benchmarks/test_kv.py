@@ -29,6 +29,22 @@ def test_ratios_compare_with_memmove_of_the_same_round() -> None:
     assert ratios["tcp_contiguous_vs_memcpy"].value == pytest.approx(0.2)
 
 
+def test_rdma_is_named_for_what_moves_its_bytes_and_nothing_else_need_be_measured() -> None:
+    seconds = {"memcpy": 0.1, **{f"rdma_{case}": 0.25 for case in CASES}}
+    one = {"seconds": seconds, "notice_s": {"rdma": [1e-3] * 5}}
+
+    rows, ratios = summarize_rounds({"num_bytes": NUM_BYTES, "num_small_blocks": 4096, "rounds": [one] * 12})
+
+    assert set(ratios) == {
+        "nixl_contiguous_vs_memcpy",
+        "nixl_16k_vs_memcpy",
+        "nixl_contiguous_checked_vs_unchecked",
+    }
+    assert ratios["nixl_contiguous_vs_memcpy"].value == pytest.approx(0.4)
+    assert ratios["nixl_contiguous_vs_memcpy"].verdict == "reached"
+    assert any(row["case"] == "rdma_64k_notice" for row in rows)
+
+
 def test_a_notice_is_measured_against_its_goal() -> None:
     _, ratios = summarize_rounds(measured())
 
