@@ -138,7 +138,8 @@ class Connection:
         Raises:
             BadFrame: a frame has taken longer than `grace_s` and its length at `min_bytes_per_s` (`too_slow`).
         """
-        frames = (("coming", self._in.since_s, self._in.length), ("going", self._out_since_s, self._out_head_bytes))
+        out_since_s = self._out_since_s if self._out else None
+        frames = (("coming", self._in.since_s, self._in.length), ("going", out_since_s, self._out_head_bytes))
         for name, since_s, num_bytes in frames:
             if since_s is not None and now_s - since_s > grace_s + num_bytes / min_bytes_per_s:
                 taken_s = now_s - since_s
@@ -173,8 +174,17 @@ class Connection:
         return any(item is sent for item in self._out)
 
     def drop_unsent(self, tag: str) -> None:
-        """Forget DATA frames of a transfer; one that is half on the wire must be finished."""
+        """Forget DATA frames of a transfer, and read its pages no more.
+
+        One that is half on the wire must be finished. What is left of it is copied, so that a peer that has stopped
+        reading does not hold the pages.
+        """
         kept = deque(item for item in self._out if item.tag != tag or item.is_started)
+        for item in kept:
+            if item.tag == tag:
+                item.views, item.tag = deque([memoryview(b"".join(item.views))]), ""
+        if not kept or kept[0] is not self._out[0]:
+            self._out_since_s = None
         self._out_bytes = sum(item.num_bytes for item in kept)
         self._out = kept
 

@@ -277,7 +277,7 @@ class WriterLink:
         return self.mover is not None and self.mover.is_landing(xfer)
 
     def drop_jobs(self, transfer: Transfer) -> None:
-        """Nothing more of this transfer is started. A DATA frame that is half sent is finished (`is_sending`)."""
+        """Nothing more of this transfer is started. A DATA frame that is half sent is finished, from a copy."""
         self.jobs = deque(job for job in self.jobs if job[0] is not transfer)
         if self._connection is not None:
             self._connection.drop_unsent(transfer.xfer)

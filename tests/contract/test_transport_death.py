@@ -91,7 +91,8 @@ def test_a_stopped_receiver_fails_the_push_after_two_seconds(end: End, protocol:
         start_s = time.monotonic()
         for _ in range(40):
             end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
-        assert end.wait(PushFailed, timeout_s=5).reason == "silent"
+        reasons = ("silent", "channel_lost: rdma stalled")  # a write that nobody acknowledges says the same
+        assert end.wait(PushFailed, timeout_s=5).reason in reasons
         assert time.monotonic() - start_s > 1.0
         child.signal(signal.SIGCONT)
         assert child.read_event() == "ReserveRequested"
