@@ -45,7 +45,7 @@ OUTPUT_WIDTH: Final = 120
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def kv(rounds: int, mib: int, protocols: tuple[str, ...], as_json: bool) -> None:
-    """Measure KV transfers: large and 16 KiB blocks, with and without checksum, 1 to 4 pairs at once; over shm and tcp
+    """Measure KV transfers: large and 16 KiB blocks, with and without checksum, 1 to 8 pairs at once; over shm and tcp
     also pairs of unlike layouts: half of the heads, blocks of 16 into 32 tokens, bfloat16 into float32, compressed.
 
     Time of a transfer: from the push until the writer knows that the KV was handed over. Of a notice: from the push of
@@ -113,7 +113,10 @@ def summarize_rounds(measured: Mapping[str, Any]) -> tuple[list[dict[str, Any]],
         goal_us = NOTICE_GOAL_US[protocol]
         name = f"{protocol}_64k_notice_p50_vs_{goal_us:g}us"
         ratios[name] = paired_ratio(per_round_us, [goal_us] * len(rounds), goal=1.0, at_most=True)
-    for name in [name for name in ("shm_contiguous", "tcp_contiguous", "rdma_contiguous") if name in seconds]:
+    for name in ("hash", "copy_and_hash"):
+        ratios[f"{name}_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds[name])
+    checked = ("shm_contiguous", "shm_16k", "tcp_contiguous", "rdma_contiguous")
+    for name in [name for name in checked if name in seconds]:
         ratio = paired_ratio(seconds[name], seconds[f"{name}_checked"], goal=INTEGRITY_GOAL)
         ratios[f"{_ratio_name(name)}_checked_vs_unchecked"] = ratio
     return rows, ratios

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from kvstore.native.pages import CellDigests, Pages
 from kvstore.transport.measure_pair import Memory, NodeSpec, ReaderProcess, Writer
 from kvstore.transport.measure_unlike import unlike_specs
 from kvstore.transport.region import KVRegion
@@ -28,7 +29,7 @@ LARGE_BYTES: Final = 1 << 20
 SMALL_BYTES: Final = 16 << 10
 NOTICE_BYTES: Final = 64 << 10
 NOTICES_PER_ROUND: Final = 25
-MAX_PAIRS: Final = 4
+PAIR_COUNTS: Final = (1, 2, 4, 8)
 WARM_ROUNDS: Final = 2
 
 Case = Callable[[], float]
@@ -71,11 +72,11 @@ def measure_rounds(num_rounds: int, num_bytes: int, protocols: Sequence[str] = P
         memory, other = Memory(max(spec.num_bytes("w") for spec in wanted)), Memory(num_bytes)
         readers = [
             stack.enter_context(ReaderProcess(wanted if k == 0 else _plain(wanted), folder=folder, name=f"r{k}"))
-            for k in range(MAX_PAIRS)
+            for k in range(max(PAIR_COUNTS))
         ]
         writers = {spec.name: Writer(memory, spec, readers[0], side="w0", folder=folder) for spec in wanted}
         crowds = {protocol: [writers[f"{protocol}_contiguous"]] for protocol in protocols}
-        for k in range(1, MAX_PAIRS):
+        for k in range(1, max(PAIR_COUNTS)):
             for spec in _plain(wanted):
                 crowds[spec.protocol].append(Writer(memory, spec, readers[k], side=f"w{k}", folder=folder))
         everyone = {id(writer): writer for crowd in crowds.values() for writer in crowd}
@@ -93,10 +94,14 @@ def _plain(wanted: list[NodeSpec]) -> list[NodeSpec]:
 def _cases(
     own: KVRegion, other: KVRegion, writers: dict[str, Writer], crowds: dict[str, list[Writer]]
 ) -> dict[str, Case]:
-    cases: dict[str, Case] = {"memcpy": lambda: _memcpy(own, other)}
+    cases: dict[str, Case] = {
+        "memcpy": lambda: _memcpy(own, other),
+        "hash": lambda: _hash(other),
+        "copy_and_hash": lambda: _copy_and_hash(own, other),
+    }
     cases |= {name: writer.push_all for name, writer in writers.items()}
     for protocol, crowd in crowds.items():
-        for num_pairs in range(1, MAX_PAIRS + 1):
+        for num_pairs in PAIR_COUNTS:
             cases[f"{protocol}_pairs_{num_pairs}"] = _crowd_case(crowd[:num_pairs])
     return cases
 
@@ -116,6 +121,30 @@ def _memcpy(own: KVRegion, other: KVRegion) -> float:
     start_s = time.monotonic()
     ctypes.memmove(other.address, own.address, other.num_bytes)
     return time.monotonic() - start_s
+
+
+def _hash(region: KVRegion) -> float:
+    """What a receiver adds that has nothing else to do."""
+    pages, blocks = _large_blocks(region, region.num_bytes)
+    cells = CellDigests(len(blocks), 1)
+    start_s = time.monotonic()
+    region.ops.hash(pages, blocks, first=0, lo=0, hi=1, cells=cells)
+    return time.monotonic() - start_s
+
+
+def _copy_and_hash(own: KVRegion, other: KVRegion) -> float:
+    """Both in one pass, as a writer does over shm."""
+    pages, blocks = _large_blocks(other, other.num_bytes)
+    source, _ = _large_blocks(own, other.num_bytes)
+    cells = CellDigests(len(blocks), 1)
+    start_s = time.monotonic()
+    own.ops.copy(source, pages, blocks, blocks, first=0, lo=0, hi=1, cells=cells)
+    return time.monotonic() - start_s
+
+
+def _large_blocks(region: KVRegion, num_bytes: int) -> tuple[Pages, range]:
+    num_blocks = num_bytes // LARGE_BYTES
+    return Pages(region.address, num_blocks, 1, LARGE_BYTES), range(num_blocks)
 
 
 def _round(cases: dict[str, Case], writers: dict[str, Writer], protocols: Sequence[str], *, turn: int) -> Round:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.transport.measure_rounds import MAX_PAIRS, NOTICES_PER_ROUND, PROTOCOLS, measure_rounds, specs
+from kvstore.transport.measure_rounds import NOTICES_PER_ROUND, PAIR_COUNTS, PROTOCOLS, measure_rounds, specs
 from tests.contract.transport_helpers import needs_nixl
 
 
@@ -13,8 +13,8 @@ def test_a_round_measures_every_case_once(protocols: tuple[str, ...]) -> None:
     measured = measure_rounds(1, 2 << 20, protocols)
 
     (one,) = measured.rounds
-    expected = {"memcpy", *(spec.name for spec in specs(2 << 20, protocols))}
-    expected |= {f"{protocol}_pairs_{n}" for protocol in protocols for n in range(1, MAX_PAIRS + 1)}
+    expected = {"memcpy", "hash", "copy_and_hash", *(spec.name for spec in specs(2 << 20, protocols))}
+    expected |= {f"{protocol}_pairs_{n}" for protocol in protocols for n in PAIR_COUNTS}
     assert set(one.seconds) == expected
     assert all(seconds > 0 for seconds in one.seconds.values())
     assert {protocol: len(notices) for protocol, notices in one.notice_s.items()} == dict.fromkeys(
