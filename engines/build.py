@@ -20,9 +20,11 @@ from engines.kv_region import KVTensor
 from engines.messages import EngineMessage
 from engines.models.shape import ModelShape
 from engines.models.source import resolve_model, weights_digest
+from engines.prefix_share import PrefixSharing
 from engines.process import EngineConfig
 from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
+from engines.scheduler.control import StepControl
 from engines.scheduler.plan import StepPlan
 from engines.scheduler.scheduler import Scheduler
 from engines.speculation.proposer import NgramProposer
@@ -30,12 +32,15 @@ from engines.step_log import StepLog
 from engines.step_timer import OFF, StepProfile, StepTimer, TimedScheduler, timed_send
 from engines.structured.compiler import GrammarCompiler
 from engines.structured.grammar import Vocabulary
+from engines.swap import Ladder
+from engines.swap.make import make_relief
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
 from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
 from kvstore.transport import KVNode, KVRegion, Times, TlsFiles, start_touching
 from kvstore.transport.rdma import usable_protocols
+from kvstore.transport.settings import host_id
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,20 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
             grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
         ),
     )
+    relief = make_relief(
+        region.kv,
+        pool,
+        block_size=settings.kv.block_size,
+        block_bytes=block_bytes,
+        swap_bytes=0 if config.role == "prefill" else settings.kv.swap_bytes,
+    )
     proposer = _proposer(settings.engine, model_config, max_model_len)
-    scheduler = _scheduler(config.role, settings, pool, cache, proposer)
+    control = StepControl.of(
+        itl_slo_ms=settings.engine.itl_slo_ms,
+        max_num_seqs=role.max_num_seqs,
+        max_num_batched_tokens=role.max_num_batched_tokens,
+    )
+    scheduler = _scheduler(config.role, settings, pool, cache, relief.ladder, proposer, control)
     timer: StepTimer = OFF
     if profile := StepProfile.from_environment(config.incarnation):
         timer, scheduler, send = profile, TimedScheduler(scheduler, profile), timed_send(send, profile)
@@ -134,16 +151,30 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         pool=pool,
         node=node,
         finish_rule=FinishRule(frozenset(model_config.eos_token_ids), max_model_len),
+        relief=relief,
         grammars=GrammarCompiler(_vocabulary(folder, model_config), now_s),
         send=send,
         clock=now_s,
         block_size=settings.kv.block_size,
         block_bytes=block_bytes,
         layer_group_bytes=settings.transfer.layer_group_bytes,
-        max_num_seqs=role.max_num_seqs,
+        control=control,
         watermark_blocks=int(settings.decode.watermark * num_blocks),
         prefix_cache=cache,
         tiers=tiers,
+        sharing=None
+        if cache is None or not settings.kv.share_prefixes
+        else PrefixSharing(
+            node=node,
+            pool=pool,
+            cache=cache,
+            incarnation=config.incarnation,
+            host_id=host_id(),
+            block_size=settings.kv.block_size,
+            keeps=config.role == "prefill",
+            send=send,
+            clock=now_s,
+        ),
         on_step=_on_step(step_log, profile),
     )
     address = node.start()
@@ -229,7 +260,13 @@ def _tls_files(transfer: TransferSettings) -> TlsFiles | None:
 
 
 def _scheduler(
-    role: str, settings: Settings, pool: BlockPool, cache: PrefixCache | None, proposer: NgramProposer | None
+    role: str,
+    settings: Settings,
+    pool: BlockPool,
+    cache: PrefixCache | None,
+    ladder: Ladder,
+    proposer: NgramProposer | None,
+    control: StepControl,
 ) -> Scheduler:
     if role == "prefill":
         return PrefillScheduler(
@@ -241,6 +278,8 @@ def _scheduler(
             target_utilization=settings.prefill.target_utilization,
             batch_wait_ms=settings.prefill.batch_wait_ms,
             batching=settings.prefill.batching,
+            step_time=control.step_time,
+            pressure=control.pressure,
         )
     return DecodeScheduler(
         pool,
@@ -249,6 +288,8 @@ def _scheduler(
         max_num_seqs=settings.decode.max_num_seqs,
         max_num_batched_tokens=settings.decode.max_num_batched_tokens,
         watermark_blocks=int(settings.decode.watermark * pool.num_blocks),
+        ladder=ladder,
         proposer=proposer,
         max_draft_seqs=settings.engine.speculation_max_seqs,
+        limits=control.limits,
     )

@@ -11,6 +11,7 @@ sequence lacks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engines import messages, outputs
@@ -23,8 +24,11 @@ from engines.handoff_writer import HandoffWriter
 from engines.intake import Intake
 from engines.messages import EngineMessage, FrontMessage, TokenOut
 from engines.prefetch import PrefixPrefetch
+from engines.prefix_share import NoSharing
+from engines.scheduler.control import StepControl
 from engines.scheduler.plan import StepPlan
 from engines.sequence import Sequence
+from engines.swap.relief import Relief
 from kvstore import transport as kv
 from kvstore.state.entries import TokenLogprobs
 
@@ -48,9 +52,11 @@ class EngineCore:
 
     Args:
         layer_group_bytes: layers are pushed in groups of about this many bytes (transfer.layer_group_bytes).
-        max_num_seqs: sequences decoded together; grants are refused beyond it.
+        control: how many sequences may decode together; grants are refused beyond it. Told of grants, too.
         watermark_blocks: blocks that granting leaves free, so that growth does not preempt at once.
+        relief: copies to and from host memory; who is to be swapped or moved, the scheduler says.
         prefix_cache, tiers: for their hit rates, and so that a prefix on disk is brought near before it is scheduled.
+        sharing: prefixes on their way between workers' caches.
         on_step: told of each step and its seconds.
     """
 
@@ -63,16 +69,18 @@ class EngineCore:
         pool: BlockPool,
         node: kv.KVNode,
         finish_rule: FinishRule,
+        relief: Relief,
         grammars: GrammarCompiler,
         send: Callable[[EngineMessage], None],
         clock: Clock,
         block_size: int,
         block_bytes: int,
         layer_group_bytes: int = 1 << 20,
-        max_num_seqs: int = 64,
+        control: StepControl | None = None,
         watermark_blocks: int = 0,
         prefix_cache: PrefixCache | None = None,
         tiers: TieredStore | None = None,
+        sharing: NoSharing | None = None,
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self._on_step = on_step
@@ -94,13 +102,15 @@ class EngineCore:
         self._block_size = block_size
         self._layer_bytes = block_bytes // node.num_layers
         self._layer_group_bytes = layer_group_bytes
-        self._max_num_seqs = max_num_seqs
+        self._control = control or StepControl()
         self._watermark_blocks = watermark_blocks
         self._live: dict[tuple[str, int], Sequence] = {}
         self._stats_at_s = 0.0
         self._lease_s = clock()
         self._stale_steps = 0
+        self._relief = relief
         self._figures = EngineFigures(pool, node, prefix_cache, tiers)
+        self._sharing = sharing or NoSharing(node)
         self._prefetch = PrefixPrefetch(prefix_cache, tiers, clock)
         self._writer = HandoffWriter(
             node=node,
@@ -112,6 +122,7 @@ class EngineCore:
             schedule=self._start,
             unschedule=self._stop_sequence,
             clock=clock,
+            pressure=self._control.pressure,
         )
         self._dry_runs = DryRuns(node=node, pool=pool, block_size=block_size, incarnation=incarnation, clock=clock)
         self._reader = HandoffReader(
@@ -129,16 +140,23 @@ class EngineCore:
         match message:
             case messages.Add():
                 self._grammars.ask(message.params.constraint)
+                self._sharing.added(message)
                 self._add(message)
-            case messages.Promote(rid, xfer, epoch):
-                self._promote(self._reader.promote(rid, xfer, epoch))
+            case messages.Promote(rid, xfer, epoch, token):
+                sequences = self._reader.promote(rid, xfer, epoch)
+                self._sharing.promoted(xfer, sequences)
+                self._promote(sequences, (epoch, token))
+            case messages.Owner(rid, epoch, token):
+                for sequence in self._choices_of(rid):
+                    sequence.owner = (epoch, token)
             case messages.Drop(rid, xfer):
                 self._drop(rid, xfer)
             case messages.Stop(rid, c):
                 self._stop_choice(rid, c)
-            case messages.Peers(targets):
+            case messages.Peers(targets, caches):
+                self._sharing.meet(caches)
                 self._dry_runs.meet(targets)
-                self._writer.set_peers(self._dry_runs.usable)
+                self._meet(self._dry_runs.usable)
                 self._writer.seek()
             case messages.Lease():
                 self._lease_s, self._stale_steps = self._clock(), 0
@@ -164,8 +182,13 @@ class EngineCore:
         else:
             self._start(sequence)
 
-    def _promote(self, sequences: list[Sequence]) -> None:
+    def _meet(self, targets: list[messages.Target]) -> None:
+        self._writer.set_peers(targets)
+        self._relief.ladder.has_peers = bool(targets)
+
+    def _promote(self, sequences: list[Sequence], owner: tuple[int, str]) -> None:
         for sequence in sequences:
+            sequence.owner = owner
             if sequence.wants_prompt_scores:  # a recovered request that lacks this choice: its prompt is computed again
                 self._pool.free(sequence.block_table)
                 sequence.block_table, sequence.num_computed_tokens = [], 0
@@ -177,6 +200,7 @@ class EngineCore:
         if finish is None:
             self._start(sequence)
             return
+        self._sharing.forget(sequence.seq_id)
         self._pool.free(sequence.block_table)
         num_ids = len(sequence.output_token_ids)
         out = outputs.token_out(sequence, sequence.choice, num_ids, [], None, finish)
@@ -188,19 +212,25 @@ class EngineCore:
             return
         self._writer.drop(rid)
         self._reader.refuse_all(rid)
-        for seq_id in [seq_id for seq_id in self._live if seq_id[0] == rid]:
-            self._release(self._live[seq_id])
+        for sequence in self._choices_of(rid):
+            self._release(sequence)
+
+    def _choices_of(self, rid: str) -> list[Sequence]:
+        return [sequence for seq_id, sequence in self._live.items() if seq_id[0] == rid]
 
     def _stop_choice(self, rid: str, choice: int) -> None:
         sequence = self._live.get((rid, choice))
         if sequence is not None and not self._writer.knows(rid):
+            self._sharing.ended(sequence)
             self._release(sequence)
 
     # ---------------------------------------------------------------- events of the KV node
     def handle_kv(self, event: kv.Event) -> None:
         if self._dry_runs.owns(event.xfer):
             self._dry_runs.on_event(event)
-            self._writer.set_peers(self._dry_runs.usable)
+            self._meet(self._dry_runs.usable)
+            return
+        if self._sharing.takes(event):
             return
         match event:
             case kv.ReserveRequested():
@@ -223,10 +253,11 @@ class EngineCore:
                 self._writer.on_source_free(event.xfer)
 
     def _may_admit(self, num_blocks: int, num_expected: int) -> bool:
-        has_place = len(self._live) + num_expected < self._max_num_seqs
+        has_place = len(self._live) + num_expected < self._control.num_places
         # With nobody here there is no growth to keep blocks for, and a prompt of nearly the whole pool must get in.
         watermark = self._watermark_blocks if self._live or num_expected else 0
-        return has_place and self._pool.num_free - num_blocks >= watermark
+        owed = self._relief.ladder.swapped.num_blocks  # whoever was swapped comes back before a newcomer gets in
+        return has_place and self._pool.num_free - num_blocks >= watermark + owed
 
     # ---------------------------------------------------------------- steps
     def step(self) -> bool:
@@ -241,14 +272,14 @@ class EngineCore:
         self._report_stats(now)
         if self._is_suspended(now):
             return False
+        self._relief.ladder.moving = {rid for rid in self._relief.ladder.moving if self._writer.knows(rid)}
         plan = self._scheduler.schedule(now)
         if plan is None:
             return False
         self._stale_steps += plan.max_outputs if now - self._lease_s > STALE_LEASE_S else 0
-        for rid in {sequence.rid: None for sequence in plan.preempted}:
-            self._preempt(rid)
+        plan = self._make_room(plan)
         if not plan.scheduled:
-            return bool(plan.preempted)
+            return bool(plan.preempted or plan.swapped_out or plan.swapped_in)
         try:
             sampled = self._forward(plan)
         except EngineError as error:
@@ -307,10 +338,14 @@ class EngineCore:
         index = len(sequence.output_token_ids) - len(ids)
         outs.append(outputs.token_out(sequence, sequence.choice, index, ids, logprobs, finish))
         if finish is not None:
+            self._sharing.ended(sequence)
             self._release(sequence)
+        else:
+            self._sharing.advanced(sequence)
 
     def _prompt_done(self, sequence: Sequence, choices: list[list[int]], *, is_finished: bool) -> None:
         """A prompt to hand over is computed: commit its transfer."""
+        self._sharing.computed(sequence)
         self._live.pop(sequence.seq_id, None)
         self._scheduler.remove(sequence.seq_id)
         if is_finished:
@@ -341,11 +376,11 @@ class EngineCore:
             self._grammars.park(sequence)
 
     def _schedule(self, sequence: Sequence) -> None:
-        if not self._prefetch.parks(sequence):
+        if not self._sharing.parks(sequence) and not self._prefetch.parks(sequence):
             self._scheduler.add(sequence)
 
     def _settle_parked(self) -> None:
-        for sequence in self._prefetch.due():
+        for sequence in self._sharing.due() + self._prefetch.due():
             self._scheduler.add(sequence)
         for due in self._grammars.due():
             if due.failure:
@@ -363,12 +398,36 @@ class EngineCore:
         self._live.pop(sequence.seq_id, None)
         self._grammars.forget(sequence.seq_id)
         self._prefetch.forget(sequence.seq_id)
+        self._sharing.forget(sequence.seq_id)
         self._scheduler.remove(sequence.seq_id)
+
+    # ---------------------------------------------------------------- preemption
+    def _make_room(self, plan: StepPlan) -> StepPlan:
+        """Let go of whom the plan takes blocks from, and what then is left to compute."""
+        damaged = self._relief.copy(plan)
+        for rid in {sequence.rid: None for sequence in plan.preempted} | dict.fromkeys(damaged):
+            self._preempt(rid)
+        for sequence in plan.moved:
+            self._move(sequence)
+        if not damaged:
+            return plan
+        return replace(plan, scheduled=tuple(i for i in plan.scheduled if i.sequence.rid not in damaged))
 
     def _preempt(self, rid: str) -> None:
         """The scheduler took its blocks. The whole request goes back to the queue: its choices stay together."""
+        self._relief.counted("released")
         self._drop(rid, "")
         self._send(messages.Preempted(rid))
+
+    def _move(self, sequence: Sequence) -> None:
+        """It leaves for another decode worker; its blocks come back when that one has it, or nobody takes it."""
+        self._stop_sequence(sequence)
+        offset = sequence.num_computed_tokens % self._block_size
+        if offset:  # as in `_forward`: no other sequence's KV leaves with it
+            self._runner.zero_tail(sequence.block_table[sequence.num_computed_tokens // self._block_size], offset)
+        self._relief.counted("moved")
+        add = self._intake.add_of(sequence, now_s=self._clock())
+        self._writer.move(add, sequence, num_blocks=self._intake.blocks_for(add, sequence.num_tokens))
 
     def _fail(self, plan: StepPlan, error: EngineError) -> None:
         for rid in {item.sequence.rid for item in plan.scheduled}:
@@ -387,13 +446,15 @@ class EngineCore:
         now = self._clock()
         if self._is_suspended(now):
             return self._stats_at_s  # the lease that ends it comes as a message
-        parts = (self._writer, self._dry_runs, self._grammars, self._prefetch)
+        parts = (self._writer, self._dry_runs, self._grammars, self._prefetch, self._sharing)
         times = [self._stats_at_s, self._scheduler.next_wakeup_s(now), *(part.next_wakeup_s() for part in parts)]
         return min(time for time in times if time is not None)
 
     def _measure(self, plan: StepPlan, started_s: float) -> None:
         elapsed_s = self._clock() - started_s
         self._figures.step_done(plan, elapsed_s)
+        self._control.observe(plan, elapsed_s)
+        self._relief.ladder.costs.stepped(plan.num_tokens, elapsed_s)
         if self._on_step is not None:
             self._on_step(plan, elapsed_s)
 
@@ -405,4 +466,10 @@ class EngineCore:
 
     def stats(self) -> messages.Stats:
         waiting = self._scheduler.num_waiting + self._writer.num_outgoing
-        return self._figures.stats(live=len(self._live), waiting=waiting)
+        more = (
+            self._relief.counters()
+            | self._sharing.counters()
+            | {"preempt_move_refused": float(self._writer.num_moves_refused)}
+        )
+        num_swapped = self._relief.ladder.swapped.num_used_pages
+        return self._figures.stats(live=len(self._live), waiting=waiting, num_swapped_pages=num_swapped, more=more)

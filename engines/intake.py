@@ -7,6 +7,7 @@ from collections.abc import Callable
 from engines.messages import Add, Failed
 from engines.request_check import fault_of
 from engines.sequence import Sequence
+from engines.swap.ladder import MAX_PREEMPTIONS
 
 
 class Intake:
@@ -57,6 +58,29 @@ class Intake:
             priority=add.priority,
             tenant=add.tenant,
             epoch=add.epoch,
+            # Released before, for lack of blocks: it gets all it can need and is not taken again.
+            num_preemptions=MAX_PREEMPTIONS if add.reserve_full else 0,
+            num_reserved_tokens=self._max_num_tokens(add) if add.reserve_full and add.mode == "local" else 0,
+        )
+
+    def add_of(self, sequence: Sequence, *, now_s: float) -> Add:
+        """What another decode worker has to know of a sequence that moves there. The one pinned by this move gets all
+        the blocks it can need."""
+        assert sequence.owner is not None
+        epoch, token = sequence.owner
+        return Add(
+            rid=sequence.rid,
+            epoch=epoch,
+            token=token,
+            mode="push",
+            prompt_ids=sequence.prompt_token_ids,
+            choices=[sequence.output_token_ids],
+            params=sequence.params,
+            seed=sequence.seed,
+            tenant=sequence.tenant,
+            priority=sequence.priority,
+            deadline_s=max(sequence.deadline_s - now_s, 0.0),
+            reserve_full=sequence.num_preemptions >= MAX_PREEMPTIONS,
         )
 
     def blocks_for(self, add: Add, num_tokens: int) -> int:
@@ -65,7 +89,10 @@ class Intake:
 
     def room_for(self, add: Add, num_tokens: int) -> int:
         """The same in tokens: a decode worker may have blocks of another size."""
-        max_num_tokens = min(len(add.prompt_ids) + add.params.max_tokens, self._max_model_len)
+        max_num_tokens = self._max_num_tokens(add)
         if add.reserve_full:
             return max_num_tokens
         return min((-(-num_tokens // self._block_size) + 1) * self._block_size, max_num_tokens)
+
+    def _max_num_tokens(self, add: Add) -> int:
+        return min(len(add.prompt_ids) + add.params.max_tokens, self._max_model_len)
