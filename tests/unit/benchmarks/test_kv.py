@@ -36,6 +36,8 @@ def test_rdma_is_named_for_what_moves_its_bytes_and_nothing_else_need_be_measure
     rows, ratios = summarize_rounds({"num_bytes": NUM_BYTES, "num_small_blocks": 4096, "rounds": [one] * 12})
 
     assert set(ratios) == {
+        "hash_vs_memcpy",
+        "copy_and_hash_vs_memcpy",
         "nixl_contiguous_vs_memcpy",
         "nixl_16k_vs_memcpy",
         "nixl_contiguous_checked_vs_unchecked",
@@ -43,6 +45,13 @@ def test_rdma_is_named_for_what_moves_its_bytes_and_nothing_else_need_be_measure
     assert ratios["nixl_contiguous_vs_memcpy"].value == pytest.approx(0.4)
     assert ratios["nixl_contiguous_vs_memcpy"].verdict == "reached"
     assert any(row["case"] == "rdma_64k_notice" for row in rows)
+
+
+def test_hashing_alone_and_with_the_copy_are_compared_with_memmove_of_the_same_round() -> None:
+    _, ratios = summarize_rounds(measured())
+
+    assert ratios["hash_vs_memcpy"].value == pytest.approx(2.0)
+    assert ratios["copy_and_hash_vs_memcpy"].value == pytest.approx(1.25)
 
 
 def test_a_notice_is_measured_against_its_goal() -> None:
