@@ -292,9 +292,10 @@ class KVNode:
         return self._receiver.overdue
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start: sent_bytes, arrived_bytes, links_shm, links_rdma, links_tcp, rdma_fallbacks (pairs
-        that use tcp instead), rdma_failures (links that a failed write has ended); of transfers that were handed over:
-        link_transfers, link_predicted_s, link_measured_s, link_error_s (sum of the differences).
+        """Totals since the start: sent_bytes, committed_bytes, hidden_bytes (of the committed ones, those that had been
+        moved when the engine committed: beside its computing), arrived_bytes, links_shm, links_rdma, links_tcp,
+        rdma_fallbacks (pairs that use tcp instead), rdma_failures (links that a failed write has ended); of transfers
+        that were handed over: link_transfers, link_predicted_s, link_measured_s, link_error_s (sum of the differences).
         """
         return {**self._context.counters, **self._context.links.totals}
 

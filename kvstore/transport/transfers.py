@@ -74,6 +74,7 @@ class Transfer:
     is_told: bool = False  # the receiver has been told of some slices (shm)
     cells: CellDigests | None = None  # of what was pushed; None: nothing is hashed while it moves
     num_bytes: int = 0
+    num_hidden_bytes: int = 0  # of these, moved before the engine had nothing more to push
     busy_s: float = 0.0
     commit_frame: bytes = b""  # once it is sent
     next_commit_s: float = 0.0

@@ -109,6 +109,7 @@ class WriterSide:
         if found is not None:
             link, transfer = found
             transfer.state = advance(transfer.state, XferEvent.COMMIT)
+            transfer.num_hidden_bytes = max(transfer.num_bytes - link.num_queued_bytes, 0)
             link.jobs.append((transfer, self._commit_job(link, transfer, src_blocks, num_tokens, state)))
 
     def abandon(self, xfer: str) -> None:
@@ -283,6 +284,8 @@ class WriterSide:
             t.busy_s,
         )  # fmt: skip
         t.commit_frame = frame(FrameType.COMMIT, body)
+        self._context.counters["committed_bytes"] += t.num_bytes
+        self._context.counters["hidden_bytes"] += t.num_hidden_bytes
         now = self._context.clock()
         t.next_commit_s, t.commit_ends_s = now + times.commit_every_s, now + times.commit_s
         link.send(t.commit_frame)

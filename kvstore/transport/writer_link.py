@@ -269,6 +269,11 @@ class WriterLink:
         except BadFrame as error:
             self.close(error.reason)
 
+    @property
+    def num_queued_bytes(self) -> int:
+        """Bytes that the peer's kernel has not been given yet."""
+        return 0 if self._connection is None else self._connection.num_queued_bytes
+
     def is_sending(self, xfer: str) -> bool:
         return self.is_landing(xfer) or (self._connection is not None and self._connection.is_sending(xfer))
 

@@ -163,6 +163,24 @@ def test_blocks_pushed_twice_and_out_of_order_arrive_as_they_were_last(pair: tup
         assert reader.region.block(dst) == writer.region.block(src)
 
 
+def test_bytes_moved_before_the_commit_count_as_hidden_behind_the_compute(pair: tuple[End, End], protocol: str) -> None:
+    writer, reader = pair
+    granted(writer, reader, "w:1", [1, 2])
+    writer.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)  # while the engine computes
+    ends_s = time.monotonic() + 10
+    while reader.region.block(1) != writer.region.block(0):
+        assert time.monotonic() < ends_s, "the push did not land"
+        time.sleep(0.01)
+    release = writer.hold_kv_thread()
+    writer.node.push("w:1", [(1, 1)], 0, NUM_LAYERS)
+    writer.node.commit("w:1", src_blocks=[0, 1], num_tokens=64, state=b"")
+    release()
+    reader.wait(Arrived)
+    totals = writer.node.counters()
+    assert totals["committed_bytes"] == totals["sent_bytes"] == 2 * writer.region.block_bytes
+    assert totals["hidden_bytes"] == writer.region.block_bytes, protocol
+
+
 def test_a_page_of_another_block_than_the_committed_one_never_arrives(pair: tuple[End, End]) -> None:
     writer, reader = pair
     granted(writer, reader, "w:1", [5, 6])
