@@ -88,7 +88,7 @@ class KVNode:
         unknown = set(protocols) - {"shm", "rdma", "tcp"}
         if unknown or not protocols:
             raise ValueError(f"transfer protocols {list(protocols)}: expected some of shm, rdma, tcp")
-        rdma = _rdma_node(region, is_needed=len(protocols) == 1) if "rdma" in protocols else None
+        rdma = _rdma_node(incarnation, region, is_needed=len(protocols) == 1) if "rdma" in protocols else None
         if rdma is None:
             protocols = [protocol for protocol in protocols if protocol != "rdma"]
         if layout is not None and (layout.num_layers, layout.layer_bytes) != (region.num_layers, region.layer_bytes):
@@ -357,10 +357,10 @@ class KVNode:
         return is_writing or is_receiving
 
 
-def _rdma_node(region: KVRegion, *, is_needed: bool) -> RdmaNode | None:
+def _rdma_node(incarnation: str, region: KVRegion, *, is_needed: bool) -> RdmaNode | None:
     """None where it cannot be used and something else can: one line says why."""
     try:
-        return RdmaNode(region)
+        return RdmaNode(incarnation, region)
     except RdmaError as error:
         if is_needed:
             raise

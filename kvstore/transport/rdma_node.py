@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from kvstore.transport.errors import RdmaError
 from kvstore.transport.pacer import Pacer
 from kvstore.transport.rdma import is_ended_by_us, load_nixl, nixl_version
 from kvstore.transport.rdma_agent import RdmaAgent
@@ -25,8 +27,8 @@ class RdmaNode:
         is_proof: ending our side of a link proves that nothing more lands (see `is_ended_by_us`).
     """
 
-    def __init__(self, region: KVRegion) -> None:
-        """Loads NIXL and makes an agent for trial: the first one takes UCX half a second, and shows what is wrong.
+    def __init__(self, incarnation: str, region: KVRegion) -> None:
+        """Loads NIXL and makes a first agent, which takes UCX half a second and shows what is wrong.
 
         Raises:
             RdmaError: NIXL is not here, or cannot use this machine or this region.
@@ -34,16 +36,24 @@ class RdmaNode:
         self._nixl = load_nixl()
         self.version = nixl_version()
         self.is_proof = is_ended_by_us()
+        self._incarnation = incarnation
         self._region = region
         self._num_agents = 0
         self._failures: dict[str, int] = {}  # by the peer's incarnation
         self.pacer = Pacer()
-        self.make_agent("trial").destroy()
+        # One agent is always ready: to register a large region takes seconds, and the `kv` thread must not stop for it.
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="rdma-spare")
+        self._spare = self._maker.submit(self._make)
+        self._spare.result()
 
-    def make_agent(self, incarnation: str) -> RdmaAgent:
+    def take_agent(self) -> RdmaAgent:
         """For one link. Raises RdmaError."""
+        taken, self._spare = self._spare, self._maker.submit(self._make)
+        return taken.result()
+
+    def _make(self) -> RdmaAgent:
         self._num_agents += 1
-        return RdmaAgent(self._nixl, f"{incarnation}/{self._num_agents}", self._region)
+        return RdmaAgent(self._nixl, f"{self._incarnation}/{self._num_agents}", self._region)
 
     def misfit(self, target: str, version: str, *, can_be_avoided: bool) -> str:
         """Why rdma is no way to a peer with this version of NIXL; "" if it is one, or the only one."""
@@ -62,5 +72,9 @@ class RdmaNode:
             logger.warning("kv: no rdma to %s, tcp is used: %s", target, why)
 
     def close(self) -> None:
+        """After all links."""
+        self._maker.shutdown()
+        with contextlib.suppress(RdmaError):
+            self._spare.result().destroy()
         with contextlib.suppress(OSError):
             self.pacer.close()

@@ -143,7 +143,7 @@ class ReaderLink:
         assert rdma is not None  # its listener was made
         if self.is_converted:
             raise RdmaError(reason="no_rdma", detail="pages of another layout are converted over shm and tcp only")
-        self._agent = rdma.make_agent(self._context.incarnation)
+        self._agent = rdma.take_agent()
         return msgspec.structs.replace(shape, address=region.address, rdma_metadata=self._agent.metadata)
 
     # ---------------------------------------------------------------- use

@@ -212,6 +212,7 @@ class WriterLink:
         else:
             self.mover = TcpMover(region, connection)
         connection.is_greeting = False
+        connection.last_heard_s = self._context.clock()  # registering for rdma may have taken longer than silence may
         self.num_peer_blocks = welcome.num_blocks
         self.phase = LinkPhase.OPEN
         self._owner.on_open(self)
@@ -220,7 +221,7 @@ class WriterLink:
         """Raises RdmaError: no_rdma, the peer's metadata cannot be used."""
         context = self._context
         assert context.rdma is not None  # or it were no candidate
-        agent = context.rdma.make_agent(context.incarnation)
+        agent = context.rdma.take_agent()
         try:
             agent.connect(welcome.rdma_metadata)
         except RdmaError:

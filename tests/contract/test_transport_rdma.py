@@ -97,14 +97,14 @@ def test_metadata_that_cannot_be_read_makes_the_pair_use_tcp(
     writer, reader = make_pair(["rdma", "tcp"])
     node = reader.node._context.rdma
     assert node is not None
-    make_agent = node.make_agent
+    take_agent = node.take_agent
 
-    def spoiled(incarnation: str) -> RdmaAgent:
-        agent = make_agent(incarnation)
+    def spoiled() -> RdmaAgent:
+        agent = take_agent()
         agent.metadata = agent.metadata[:num_kept] + added
         return agent
 
-    monkeypatch.setattr(node, "make_agent", spoiled)
+    monkeypatch.setattr(node, "take_agent", spoiled)
 
     _push(writer, reader, "w:1")
 
