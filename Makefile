@@ -1,19 +1,20 @@
 # make up      a cluster on this machine, with everything it needs      make up ARGS="--decode 2 --port 9000"
 # make test    all tests                                                make test ARGS="tests/unit -k configs"
 # make test-gate  the exactness gate over every combination of its axes, about an hour
+# make test-rdma  KV over RDMA verbs in an emulated machine with soft-RoCE, some minutes; skipped without qemu
 # make check   lint, types, imports, generated docs
 # make fuzz   what a KV peer may send: 1,000,000 executions              make fuzz FUZZ="--seconds 30"
 # make faults 10,000 injected faults over real KV nodes                 make faults FAULTS="--faults 500 --seed 7"
 # make bench   prefill + decode against monolithic workers, same machine
-# Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, ARGS=<flags>
+# Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, EXTRAS=rdma, ARGS=<flags>
 
-export TORCH TORCH_INDEX PYTHON
+export TORCH TORCH_INDEX PYTHON EXTRAS
 ARGS ?=
 FUZZ ?= --runs 1000000
 FAULTS ?= --faults 10000 --seed 1
 BIN := .venv/bin
 
-.PHONY: setup up test test-gate check docs fuzz faults bench clean
+.PHONY: setup up test test-gate test-rdma check docs fuzz faults bench clean
 
 setup:
 	@sh .ci/setup
@@ -26,6 +27,9 @@ test: setup
 
 test-gate: setup
 	CELERIAC_GATE=all $(BIN)/python -m pytest -q tests/unit/engines/test_gate_axes.py tests/integration/test_gate.py $(ARGS)
+
+test-rdma: setup
+	$(BIN)/python -m tests.rdma.run
 
 check: setup
 	$(BIN)/ruff format --check .
