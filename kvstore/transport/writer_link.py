@@ -233,7 +233,7 @@ class WriterLink:
             peer_address=welcome.address,
             pacer=context.rdma.pacer,
             clock=context.clock,
-            stall_s=context.times.silence_s,
+            stall_s=2 * context.times.silence_s,  # later than silence, which names a peer that has stopped
         )
 
     def _fall_back(self, error: TransportError) -> None:
