@@ -20,6 +20,7 @@ from benchmarks.engine_memory import MemorySpec, made_shapes, measure_memory, qu
 from benchmarks.engine_profile import measure_profile
 from benchmarks.engine_rivals import RIVALS, RivalOptions
 from benchmarks.engine_shapes import SHAPES
+from benchmarks.engine_speculation import SpeculationSpec, measure_speculation
 from benchmarks.engine_speed import SpeedSpec, first_cpus, measure_speed
 from benchmarks.errors import BenchError
 from benchmarks.machine import describe_machine
@@ -44,6 +45,7 @@ class _Result:
 @click.command()
 @click.option("--isolation", is_flag=True, help="A step in a loaded worker against the engine alone.")
 @click.option("--profile", is_flag=True, help="Where a step's time goes.")
+@click.option("--speculation", is_flag=True, help="Guesses by prompt look-up against none, one prompt at a time.")
 @click.option("--determinism", is_flag=True, help="How often tokens depend on the batch, and what it costs if not.")
 @click.option(
     "--long-context",
@@ -93,6 +95,7 @@ class _Result:
 def engine(
     isolation: bool,
     profile: bool,
+    speculation: bool,
     determinism: bool,
     long_context: int | None,
     rivals: tuple[str, ...],
@@ -111,8 +114,8 @@ def engine(
     save: Path | None,
 ) -> None:
     """Measure the engine process alone: decode and prefill speed, beside what the machine can do."""
-    if sum((isolation, profile, determinism, long_context is not None, bool(rivals))) > 1:
-        names = "--isolation, --profile, --determinism, --long-context and --compare"
+    if sum((isolation, profile, speculation, determinism, long_context is not None, bool(rivals))) > 1:
+        names = "--isolation, --profile, --speculation, --determinism, --long-context and --compare"
         raise click.UsageError(f"{names} exclude each other")
     load_before = os.getloadavg()[0]
     if load_before > QUIET_LOAD:
@@ -122,6 +125,16 @@ def engine(
         if isolation:
             spec = IsolationSpec(num_rounds=rounds, num_requests=num_requests, model=model, dtype=dtype or "float32")
             result = _Result("isolation", *measure_isolation(spec, say=_say), engine_report.isolation_sheets)
+        elif speculation:
+            guessing = SpeculationSpec(
+                shapes=shapes or ("tiny-chat", "135m"),
+                num_rounds=rounds,
+                dtype=dtype or "bfloat16",
+                cpus=first_cpus(threads),
+                output_len=decode_tokens,
+            )
+            sheets = engine_report.speculation_sheets
+            result = _Result("speculation", *measure_speculation(guessing, say=_say), sheets)
         elif long_context is not None:
             memory = MemorySpec(
                 shapes=made_shapes(shapes or ("135m",)),

@@ -99,6 +99,34 @@ def determinism_sheets(rows: Sequence[Row]) -> list[Sheet]:
     return [Sheet(columns, lines, [note])]
 
 
+def speculation_sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """What guesses bring, by how many of them are right."""
+    lines = [
+        [
+            *(row["shape"], row["prompts"], f"{row['off_tokens_per_s']:,.0f}", f"{row['on_tokens_per_s']:,.0f}"),
+            *(f"{row['tokens_per_step']:.2f}", f"{row['acceptance']:.0%}", f"{row['draft_tokens']:,.0f}"),
+            str(row["num_differing"]),
+        ]
+        for row in rows
+    ]
+    columns = (
+        "shape",
+        "prompts",
+        "off, tokens/s",
+        "on, tokens/s",
+        "tokens per step",
+        "kept",
+        "guesses",
+        "other outputs",
+    )
+    row = rows[0]
+    note = (
+        f"{row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds of {row['num_prompts']} prompts one "
+        f"at a time, {row['output_len']} tokens each, greedy. Ratio: seconds without guesses by seconds with them."
+    )
+    return [Sheet(columns, lines, [note])]
+
+
 def memory_sheets(rows: Sequence[Row]) -> list[Sheet]:
     """What a long prompt takes beyond the model: its KV, and the working memory of one chunk."""
     lines = [

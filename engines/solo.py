@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from configs.loader import load_with_origins
-from engines.messages import Add, FrameReader, Lease, Ready, Shutdown, Tokens, decode_engine, frame
+from engines.messages import Add, FrameReader, Lease, Ready, Shutdown, Stats, Tokens, decode_engine, frame
 from engines.params import SamplingParams
 from engines.process import EngineChild, spawn_engine
 
@@ -40,6 +40,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             has steps of every batch size between them.
         min_output_len: above 0, output lengths are uniform between it and `output_len`.
         wants_ids: the result has `token_ids` too: a list for each request, in their order.
+        wants_counters: it also has `counters`, totals of the engine since it started.
+        prompts: these, one after another and from the first again, instead of `input_len` random ids.
     """
 
     num_requests: int
@@ -50,6 +52,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     min_output_len: int = 0
     seed: int = 0
     wants_ids: bool = False
+    wants_counters: bool = False
+    prompts: list[list[int]] = []
 
     def concurrency_at(self, num_steps: int) -> int:
         """Requests that may be live after `num_steps` steps.
@@ -116,20 +120,34 @@ class Feeder:
                 self._child.sock.sendall(b"".join(map(frame, batch)))
                 self._num_live += len(batch)
             self._read(LEASE_EVERY_S)
-        result = {"seconds": time.monotonic() - started_s, "num_tokens": self._num_tokens}
-        return {**result, "token_ids": list(self._ids.values())} if job.wants_ids else result
+        result: dict[str, Any] = {"seconds": time.monotonic() - started_s, "num_tokens": self._num_tokens}
+        if job.wants_ids:
+            result["token_ids"] = list(self._ids.values())
+        if job.wants_counters:
+            result["counters"] = self._next_counters()
+        return result
+
+    def _next_counters(self) -> dict[str, float]:
+        """Of the next statistics that the engine sends; they come twice a second."""
+        end = time.monotonic() + self._timeout_s
+        while time.monotonic() < end:
+            for message in self._read(LEASE_EVERY_S):
+                if isinstance(message, Stats):
+                    return message.counters
+        raise TimeoutError(f"the engine sent no statistics within {self._timeout_s} s")
 
     def _adds(self, job: Job) -> Iterator[Add]:
         rng = random.Random(job.seed)
-        for _ in range(job.num_requests):
+        for i in range(job.num_requests):
             number = next(self._numbers)
             num_output = rng.randint(job.min_output_len or job.output_len, job.output_len)
+            random_ids = rng.choices(PROMPT_IDS, k=job.input_len)
             yield Add(
                 rid=f"solo{number}",
                 epoch=1,
                 token="solo",
                 mode="local",
-                prompt_ids=rng.choices(PROMPT_IDS, k=job.input_len),
+                prompt_ids=job.prompts[i % len(job.prompts)] if job.prompts else random_ids,
                 choices=[[]],
                 params=SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True),
                 seed=number,
