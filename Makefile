@@ -5,6 +5,7 @@
 # make check   lint, types, imports, generated docs
 # make fuzz   what a KV peer may send: 1,000,000 executions              make fuzz FUZZ="--seconds 30"
 # make faults 10,000 injected faults over real KV nodes                 make faults FAULTS="--faults 500 --seed 7"
+# make test-netns  two network namespaces: rate limits, losses, a cut cable, half-open peers (root, iproute2, nftables)
 # make bench   prefill + decode against monolithic workers, same machine
 # Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, EXTRAS=rdma, ARGS=<flags>
 
@@ -14,7 +15,7 @@ FUZZ ?= --runs 1000000
 FAULTS ?= --faults 10000 --seed 1
 BIN := .venv/bin
 
-.PHONY: setup up test test-gate test-rdma check docs fuzz faults bench clean
+.PHONY: setup up test test-gate test-rdma check docs fuzz faults test-netns bench clean
 
 setup:
 	@sh .ci/setup
@@ -46,6 +47,9 @@ fuzz: setup
 
 faults: setup
 	$(BIN)/python -m tests.faults $(FAULTS)
+
+test-netns: setup
+	$(BIN)/python -m pytest -q tests/netns $(ARGS)
 
 bench: setup
 	$(BIN)/celeriac bench compare $(ARGS)
