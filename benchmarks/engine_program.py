@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.errors import ProgramFailed
 
 START_TIMEOUT_S = 900.0  # a rival may compile its model first
-JOB_TIMEOUT_S = 600.0
+JOB_TIMEOUT_S = 1200.0  # a prompt of 16,384 tokens on a full machine
 STOP_TIMEOUT_S = 15.0
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_cases import CASES, MAX_NUM_BATCHED_TOKENS, Case, Roof
-from benchmarks.engine_program import ROOT, Program
+from benchmarks.engine_program import JOB_TIMEOUT_S, ROOT, Program
 from benchmarks.engine_progress import RoundClock
 from benchmarks.engine_rivals import MakeRival, Say
 from benchmarks.engine_shapes import SHAPES, Shape, write_checkpoint
@@ -103,6 +103,7 @@ def model_folder(shape: Shape, say: Say) -> Iterator[Path]:
 def solo_program(model: Path, cpus: Sequence[int], dtype: str, *, env: dict[str, str] | None = None) -> Program:
     """One engine with `cpus`, fed by `engines.solo`. `env`: more variables."""
     argv = [sys.executable, "-m", "engines.solo", "--jobs", "--cpus", ",".join(map(str, cpus))]
+    argv += ["--timeout-s", str(JOB_TIMEOUT_S)]
     settings = {
         "CELERIAC_MODEL__PATH": str(model),
         "CELERIAC_MODEL__DTYPE": dtype,

@@ -52,17 +52,23 @@ class _PrefillRow:
 
 
 class TorchAttention:
-    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
+    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, or some heads of one that
+    begins where its storage does. One thread only.
+    """
 
     def __init__(self, kv: Tensor) -> None:
         self._kv = kv
-        _, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = kv.shape
-        # One row per (block, layer, keys or values, head): a page of one head is contiguous in this layout.
-        self._flat = kv.view(-1, self._block_size, self._head_dim)
+        self._device = kv.device
+        num_blocks, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = kv.shape
+        # One row per (block, layer, keys or values, head of the region): a page of one head is contiguous.
+        page = self._block_size * self._head_dim
+        self._heads_apart, self._first_head = kv.stride(2) // page, kv.storage_offset() // page
+        num_pages = num_blocks * self._num_layers * 2 * self._heads_apart
+        self._flat = kv.as_strided((num_pages, self._block_size, self._head_dim), (page, self._head_dim, 1), 0)
         self._scale = float(self._head_dim**-0.5)
         self._decode: list[_DecodeGroup] = []
         self._prefill: list[_PrefillRow] = []
-        self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
+        self._blocks = self._offsets = torch.empty(0, dtype=torch.int64, device=kv.device)
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
         self._blocks = torch.div(metadata.slot_mapping, self._block_size, rounding_mode="floor")
@@ -104,13 +110,13 @@ class TorchAttention:
         valid_pages = valid.reshape(len(rows), num_pages, self._block_size)
         dirty_row, dirty_page = np.nonzero(~valid_pages.all(-1))
         return _DecodeGroup(
-            token_idx=torch.tensor([lo for lo, _ in rows]),
+            token_idx=self._here(np.array([lo for lo, _ in rows])),
             num_pages=num_pages,
             pages=self._key_pages(tables),
-            mask=torch.from_numpy(valid)[:, None, None, :],
-            dirty_row=torch.from_numpy(dirty_row),
-            dirty_page=torch.from_numpy(dirty_page),
-            dirty_valid=torch.from_numpy(valid_pages[dirty_row, dirty_page])[:, None, :, None],
+            mask=self._here(valid)[:, None, None, :],
+            dirty_row=self._here(dirty_row),
+            dirty_page=self._here(dirty_page),
+            dirty_valid=self._here(valid_pages[dirty_row, dirty_page])[:, None, :, None],
         )
 
     def _attend_decode(self, layer: int, group: _DecodeGroup, q: Tensor) -> Tensor:
@@ -134,7 +140,8 @@ class TorchAttention:
         pages = self._key_pages(np.array([row.block_table[:num_pages]], dtype=np.int64))
         mask = None
         if row.start > 0:
-            mask = torch.arange(row.context_len) <= torch.arange(row.start, row.context_len)[:, None]
+            keys = torch.arange(row.context_len, device=self._device)
+            mask = keys <= keys[row.start :, None]
         return _PrefillRow(lo, lo + row.num_new_tokens, row.context_len, pages, mask)
 
     def _attend_prefill(self, layer: int, row: _PrefillRow, q: Tensor) -> Tensor:
@@ -156,13 +163,16 @@ class TorchAttention:
     # ---------------------------------------------------------------- pages
     def _key_pages(self, tables: np.ndarray) -> Tensor:
         """Rows of `_flat` with the key pages of layer 0, in the order (row, head, page). int64: regions are large."""
-        heads = np.arange(self._num_kv_heads)[None, :, None]
-        pages = tables[:, None, :] * (self._num_layers * 2 * self._num_kv_heads) + heads
-        return torch.from_numpy(pages.reshape(-1))
+        heads = self._first_head + np.arange(self._num_kv_heads)[None, :, None]
+        pages = tables[:, None, :] * (self._num_layers * 2 * self._heads_apart) + heads
+        return self._here(pages.reshape(-1))
+
+    def _here(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
     def _gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        first = pages + layer * 2 * self._num_kv_heads
-        return self._flat.index_select(0, first), self._flat.index_select(0, first + self._num_kv_heads)
+        first = pages + layer * 2 * self._heads_apart
+        return self._flat.index_select(0, first), self._flat.index_select(0, first + self._heads_apart)
 
 
 def _bucket(num_pages: int) -> int:

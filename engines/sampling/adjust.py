@@ -21,7 +21,7 @@ def _add_bias(logits: Tensor, rows: list[SamplingRow]) -> None:
     entries = [entry for entry in entries if 0 <= entry[1] < logits.shape[1]]
     if entries:
         row_idx, tokens, biases = zip(*entries, strict=True)
-        logits[list(row_idx), list(tokens)] += torch.tensor(biases, dtype=logits.dtype)
+        logits[list(row_idx), list(tokens)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
 
 
 def _penalise(logits: Tensor, rows: list[SamplingRow]) -> None:
@@ -29,14 +29,14 @@ def _penalise(logits: Tensor, rows: list[SamplingRow]) -> None:
     repeating = [i for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
     if repeating:
         row_idx, tokens, _ = _counts([(i, rows[i].prompt_ids + rows[i].output_ids) for i in repeating], logits.shape[1])
-        penalty = torch.tensor([row.params.repetition_penalty for row in rows])[row_idx]
+        penalty = logits.new_tensor([row.params.repetition_penalty for row in rows])[row_idx]
         seen = logits[row_idx, tokens]
         logits[row_idx, tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
     counting = [i for i, row in enumerate(rows) if row.params.frequency_penalty or row.params.presence_penalty]
     if counting:
         row_idx, tokens, counts = _counts([(i, rows[i].output_ids) for i in counting], logits.shape[1])
-        frequency = torch.tensor([row.params.frequency_penalty for row in rows])[row_idx]
-        presence = torch.tensor([row.params.presence_penalty for row in rows])[row_idx]
+        frequency = logits.new_tensor([row.params.frequency_penalty for row in rows])[row_idx]
+        presence = logits.new_tensor([row.params.presence_penalty for row in rows])[row_idx]
         logits[row_idx, tokens] -= frequency * counts + presence
 
 

@@ -26,6 +26,11 @@ class Filters:
     min_p: Tensor
     uniform: Tensor
 
+    def on(self, device: torch.device) -> Filters:
+        """The same where the logits are."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.uniform)
+        return Filters(*(column.to(device) for column in columns))
+
     def of_rows(self, row_idx: Tensor) -> Filters:
         return Filters(
             self.temperature[row_idx],
@@ -38,7 +43,7 @@ class Filters:
 
 def choose(logits: Tensor, filters: Filters) -> Tensor:
     """`[num_rows]` int64 token ids for `logits` `[num_rows, vocab]` fp32. Equal logits are ordered by lowest id."""
-    vocab_size = logits.shape[1]
+    vocab_size, filters = logits.shape[1], filters.on(logits.device)
     if vocab_size <= NUM_CANDIDATES:
         return _choose_among(logits, filters, vocab_size)[0]
     tokens, is_decided = _choose_among(logits, filters, NUM_CANDIDATES)
@@ -53,7 +58,7 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     is_all = num_candidates == logits.shape[1]
     scaled = logits.double() / filters.temperature[:, None]
     values, ids = _sorted_candidates(scaled, num_candidates)
-    rank = torch.arange(num_candidates)
+    rank = torch.arange(num_candidates, device=logits.device)
     probs = torch.exp(values - scaled.logsumexp(-1, keepdim=True))
 
     top_k = torch.where(filters.top_k > 0, filters.top_k, logits.shape[1])[:, None]
@@ -76,7 +81,7 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     position = torch.minimum(position, num_kept - 1)
     chosen = ids.gather(1, position)[:, 0]
     if is_all:
-        return chosen, torch.ones(len(chosen), dtype=torch.bool)
+        return chosen, torch.ones_like(chosen, dtype=torch.bool)
     # Which of several equal logits got in at the end of the candidates is arbitrary: nothing may depend on those.
     edge = values[:, -1:]
     ends_inside = values.gather(1, num_kept - 1) > edge

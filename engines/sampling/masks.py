@@ -41,7 +41,7 @@ def _keep_allowed(logits: Tensor, rows: list[SamplingRow]) -> None:
         return
     pairs = [(k, token) for k, i in enumerate(limited) for token in rows[i].params.allowed_token_ids]
     row_idx, tokens = _inside(pairs, logits.shape[1])
-    is_allowed = torch.zeros(len(limited), logits.shape[1], dtype=torch.bool)
+    is_allowed = torch.zeros(len(limited), logits.shape[1], dtype=torch.bool, device=logits.device)
     is_allowed[row_idx, tokens] = True
     is_allowed |= ~is_allowed.any(-1, keepdim=True)
     logits[limited] = logits[limited].masked_fill(~is_allowed, _NEVER)

@@ -81,12 +81,15 @@ class Recorder(LlamaModel):
 
 
 @cache
-def gate_model(folder: Path, linear: str, attention: str, dtype: torch.dtype, *, deterministic: bool) -> LlamaModel:
+def gate_model(
+    folder: Path, linear: str, attention: str, dtype: torch.dtype, *, deterministic: bool = False, device: str = "cpu"
+) -> LlamaModel:
     """`attention` by name, also beside native linears: an engine's attention gets the kernels that the model has."""
     needs_kernels = linear == "native" or attention == "native"
     model, _ = build_engine_model(
         folder,
         dtype=dtype,
+        device=device,
         linear=linear,
         kernels="native" if needs_kernels else "torch",
         deterministic=deterministic,

@@ -1,0 +1,70 @@
+"""No tensor of another device gets between those of the model: shown on torch's device without memory, `meta`.
+
+Its tensors know shape and dtype, and arithmetic with a tensor of the CPU fails, as it does on a GPU; so a machine
+without one can hold this. That a real GPU gives the same tokens: test_gpu_gate.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.attention.backend import AttentionMetadata, AttentionRow
+from engines.attention.torch_backend import TorchAttention
+from engines.models.config import ModelConfig
+from engines.models.llama import LlamaModel
+from engines.models.loader import load_weights
+from engines.params import SamplingParams
+from engines.sampling.adjust import adjust_logits
+from engines.sampling.choose import Filters, choose
+from engines.sampling.row import SamplingRow
+from tests.checkpoints import FAMILIES, make_checkpoint
+
+DEVICE = "meta"
+BLOCK_SIZE, NUM_BLOCKS = 8, 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_chunks_and_decode_rows_stays_on_the_device(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family)
+    config = ModelConfig.from_folder(folder)
+    rows = (AttentionRow(0, 20, [3, 1, 5]), AttentionRow(8, 9, [2, 4, 6]), AttentionRow(11, 1, [7, 8]))
+    num_tokens = sum(row.num_new_tokens for row in rows)
+    with torch.inference_mode():
+        model = LlamaModel(config, load_weights(folder, config, dtype=torch.float32, device=DEVICE))
+        shape = (NUM_BLOCKS, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        attention = TorchAttention(torch.empty(shape, device=DEVICE))
+        attention.begin_step(AttentionMetadata(rows, torch.arange(num_tokens, device=DEVICE)))
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
+        logits = model.logits(model.forward(ids, ids, attention))
+
+    assert (logits.device.type, tuple(logits.shape)) == (DEVICE, (num_tokens, config.vocab_size))
+
+
+def test_biases_and_masks_stay_on_the_device() -> None:
+    params = SamplingParams(logit_bias={5: 1.0}, allowed_token_ids=(1, 2), bad_word_ids=((3,),), min_tokens=4)
+    row = SamplingRow(params, 0, 0, [7, 8], [9])
+    logits = torch.empty(1, 300, device=DEVICE)
+    adjust_logits(logits, [row], (2,))
+
+    assert logits.device.type == DEVICE
+
+
+def test_the_choice_is_made_on_the_device() -> None:
+    filters = Filters(
+        temperature=torch.ones(3, dtype=torch.float64),
+        top_k=torch.zeros(3, dtype=torch.int64),
+        top_p=torch.ones(3, dtype=torch.float64),
+        min_p=torch.zeros(3, dtype=torch.float64),
+        uniform=torch.zeros(3, dtype=torch.float64),
+    )
+    chosen = choose(torch.empty(3, 40, device=DEVICE), filters)
+
+    assert (chosen.device.type, tuple(chosen.shape)) == (DEVICE, (3,))
+
+
+def test_two_devices_in_one_operation_are_seen() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        torch.empty(3, device=DEVICE) + torch.empty(3)
