@@ -29,7 +29,7 @@ from kvstore.native.pages import CellDigests
 from kvstore.overdue import OverdueWriter
 from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.connection import Connection
-from kvstore.transport.errors import BadFrame
+from kvstore.transport.errors import BadFrame, HandshakeRefused
 from kvstore.transport.events import Arrived, BlocksFree, FetchRequested, ReserveRequested
 from kvstore.transport.frames import (
     Commit,
@@ -54,6 +54,7 @@ from kvstore.transport.reader_link import ReaderLink, ReaderPhase
 from kvstore.transport.settings import NodeContext
 
 MAX_LINKS = 512
+MAX_LINKS_PER_PEER = 16  # a writer has one; those before it may not have been noticed as dead yet
 
 
 @dataclass(slots=True, eq=False)
@@ -94,11 +95,15 @@ class ReceiverSide:
         self._serial = 0
 
     def accept(self, connection: Connection) -> None:
-        """A new connection; too many are closed unheard."""
+        """A new connection. Where there are too many, the stranger who has waited longest goes, else the new one."""
         if len(self._links) >= MAX_LINKS:
             self._context.reject("too_many_links", f"{MAX_LINKS} connections are open")
-            connection.close()
-            return
+            strangers = (link for link in self._links.values() if link.phase is ReaderPhase.GREETING)
+            oldest = next(strangers, None)  # they are in the order of their coming
+            if oldest is None:
+                connection.close()
+                return
+            oldest.close()
         self._serial += 1
         link = ReaderLink(self._context, self, connection, self._serial)
         link.unwatch = self._loop.remove
@@ -239,6 +244,11 @@ class ReceiverSide:
         landing.unhashed.append(header)
         if len(landing.unhashed) == 1:
             self._hashing.append(self._hash_pushed(grant, landing))
+
+    def admit(self, peer: str) -> None:
+        """A peer has proven who it is. Raises HandshakeRefused: it has too many links."""
+        if sum(link.peer == peer for link in self._links.values()) >= MAX_LINKS_PER_PEER:
+            raise HandshakeRefused(reason="too_many_links", detail=f"{peer[:64]} has {MAX_LINKS_PER_PEER}")
 
     def on_unreachable(self, link: ReaderLink) -> None:
         self._perform(self.table.on_unreachable(link.serial, self._context.clock()))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.transport import Arrived, BlocksFree, GrantReceived, ReserveRequested
+from kvstore.transport import Arrived, BlocksFree, GrantReceived, HandshakeRefused, ReserveRequested, receiver
+from kvstore.transport.checksum import TransferChecksum
 from kvstore.transport.frames import (
     HEADER,
     MAGIC,
@@ -18,6 +19,7 @@ from kvstore.transport.frames import (
     Challenge,
     Commit,
     DataHeader,
+    FenceBody,
     FrameType,
     GrantBody,
     Proof,
@@ -58,8 +60,8 @@ class RawWriter:
         self.read(FrameType.WELCOME)
         return self
 
-    def reserve(self, blocks: list[int]) -> GrantBody:
-        self.send(FrameType.RESERVE, Reserve("raw:1", "rid", 5, "tok", len(blocks)))
+    def reserve(self, blocks: list[int], *, xfer: str = "raw:1") -> GrantBody:
+        self.send(FrameType.RESERVE, Reserve(xfer, "rid", 5, "tok", len(blocks)))
         self._end.node.grant(self._end.wait(ReserveRequested), blocks)
         return parse_body(FrameType.GRANT, self.read(FrameType.GRANT)[1], GrantBody)
 
@@ -73,6 +75,9 @@ class RawWriter:
             body = self._exactly(length)
             if got is kind:
                 return got, body
+            if got is FrameType.REJECT:
+                reject = parse_body(got, body, Reject)
+                raise HandshakeRefused(reason=reject.reason, detail=reject.detail)
 
     def is_closed(self) -> bool:
         """Within the timeout, whatever still comes before it."""
@@ -108,6 +113,10 @@ def good_data(grant: GrantBody, **changes: int) -> DataHeader:
         (HEADER.pack(MAGIC, VERSION, FrameType.HELLO, 0, 2**31), "length"),
         (HEADER.pack(MAGIC, VERSION, FrameType.COMMIT, 0, 2**32 - 1), "length"),
         (HEADER.pack(MAGIC, VERSION, FrameType.COMMIT, 0, 1 << 20), "state"),
+        (HEADER.pack(MAGIC, VERSION, FrameType.WELCOME, 0, 60 << 10), "state"),
+        (HEADER.pack(MAGIC, VERSION, FrameType.DATA, 0, 0), "length"),
+        (HEADER.pack(MAGIC, VERSION, FrameType.HELLO, 0, 0), "body"),
+        (HEADER.pack(MAGIC, VERSION, FrameType.HEARTBEAT, 0, 1), "length"),
         (HEADER.pack(MAGIC, VERSION, FrameType.HELLO, 0, 5) + b"\xc1" * 5, "body"),
         (HEADER.pack(MAGIC, VERSION, FrameType.RESERVE, 0, 1) + b"\x90", "state"),
         (data_frame(DataHeader(1, 1, 0, 1, 0, 1), LAYER_BYTES), "state"),
@@ -190,6 +199,88 @@ def test_data_for_another_peers_grant_is_refused_and_leaves_that_peer_alone(end:
     assert thief.is_closed()
     assert end.node.grants()["LEASED"] == 2
     assert not any(end.region.buffer)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        FrameType.HELLO,
+        FrameType.CHALLENGE,
+        FrameType.PROOF,
+        FrameType.WELCOME,
+        FrameType.REJECT,
+        FrameType.GRANT,
+        FrameType.REFUSED,
+        FrameType.HANDED,
+        FrameType.FENCE,
+    ],
+)
+def test_a_frame_that_no_writer_sends_after_the_handshake_costs_the_link(end: End, kind: FrameType) -> None:
+    """A second HELLO, or what only a receiver may say."""
+    writer = RawWriter(end).greet()
+    writer.reserve([3])
+    writer.sock.sendall(HEADER.pack(MAGIC, VERSION, kind, 0, 1) + b"\x90")
+    assert writer.is_closed()
+    assert end.node.rejects() == {"state": 1}
+    assert end.wait(BlocksFree).blocks == (3,)
+
+
+def test_pages_after_an_abort_are_refused_and_not_written(end: End) -> None:
+    writer = RawWriter(end).greet()
+    grant = writer.reserve([3])
+    writer.send(FrameType.ABORT, FenceBody("raw:1", grant.grant_id))
+    assert end.wait(BlocksFree).blocks == (3,)
+    writer.sock.sendall(data_frame(good_data(grant), LAYER_BYTES) + b"\xff" * LAYER_BYTES)
+    assert writer.is_closed()
+    assert end.node.rejects() == {"bad_page": 1}
+    assert not any(end.region.buffer), "a page was written that nobody had granted any more"
+
+
+def test_a_page_that_comes_again_with_other_bytes_never_arrives(end: End) -> None:
+    writer = RawWriter(end).greet()
+    grant = writer.reserve([3])
+    page = bytes(NUM_LAYERS * LAYER_BYTES)
+    whole = data_frame(good_data(grant, layer_hi=NUM_LAYERS), len(page))
+    end.region.block(7)[:] = page
+    checksum = TransferChecksum(xfer="raw:1", epoch=5, num_tokens=32, state=b"")
+    for _ in checksum.update(end.region, [7], 1 << 30):
+        pass
+    commit = Commit("raw:1", grant.grant_id, 5, 32, 1, checksum.value(), b"", len(page), 0.0)
+    writer.sock.sendall(whole + page + whole + page[:-1] + b"\x01")
+    writer.send(FrameType.COMMIT, commit)
+    refused = parse_body(FrameType.REFUSED, writer.read(FrameType.REFUSED)[1], RefusedBody)
+    assert refused.reason == "checksum"
+    again = writer.reserve([3], xfer="raw:2")
+    checksum = TransferChecksum(xfer="raw:2", epoch=5, num_tokens=32, state=b"")
+    for _ in checksum.update(end.region, [7], 1 << 30):
+        pass
+    whole = data_frame(good_data(again, layer_hi=NUM_LAYERS), len(page))
+    writer.sock.sendall((whole + page) * 2)  # the same bytes: harmless
+    writer.send(FrameType.COMMIT, Commit("raw:2", again.grant_id, 5, 32, 1, checksum.value(), b"", len(page), 0.0))
+    assert end.wait(Arrived).xfer == "raw:2"
+
+
+def test_strangers_do_not_keep_a_writer_out(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places are taken by connections that say nothing: the one that has waited longest goes."""
+    monkeypatch.setattr(receiver, "MAX_LINKS", 8)
+    strangers = [RawWriter(end) for _ in range(20)]
+    writer = RawWriter(end).greet()
+    writer.reserve([1])
+    assert end.node.rejects()["too_many_links"] >= 12
+    for stranger in strangers:
+        stranger.sock.close()
+
+
+def test_one_peer_has_few_links(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "MAX_LINKS_PER_PEER", 3)
+    writers = [RawWriter(end).greet() for _ in range(3)]
+    one_more = RawWriter(end)
+    with pytest.raises(HandshakeRefused, match="too_many_links"):
+        one_more.greet()
+    writers[0].sock.close()
+    writers[1].reserve([1])
+    for writer in [*writers, one_more]:
+        writer.sock.close()
 
 
 def test_a_truncated_frame_then_eof_frees_the_grant(end: End) -> None:
