@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Final
 
 from kvstore.blocks.errors import GrantError
 from kvstore.blocks.grant_actions import (
@@ -34,6 +35,7 @@ GRANT_LEASE_S = 5.0
 FENCE_EVERY_S = 0.5
 MAX_OPEN_PER_PEER = 256
 MAX_REMEMBERED = 4096  # ended transfers whose result a repeated COMMIT may still ask for (it is repeated for 3 s)
+_HELD: Final = tuple(state.value for state in GrantState if state is not GrantState.FREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +105,9 @@ class GrantTable:
         return self._pending[xfer].reservation
 
     def blocks_by_state(self) -> dict[str, int]:
-        counts = {state.value: 0 for state in GrantState if state is not GrantState.FREE}
+        counts = dict.fromkeys(_HELD, 0)
         for grant in self._grants.values():
-            counts[grant.state.value] += len(grant.blocks)
+            counts[grant.state] += len(grant.blocks)
         return counts
 
     def overdue(self, now_s: float, *, after_s: float) -> list[Grant]:
