@@ -20,10 +20,11 @@ from kvstore.transport.movers import SLICE_BYTES, Pairs
 from kvstore.transport.pacer import Pacer
 from kvstore.transport.rdma_agent import MAX_DESCRIPTORS, RdmaAgent, Run
 from kvstore.transport.region import KVRegion
-from kvstore.transport.transfers import Transfer
+from kvstore.transport.transfers import Transfer, XferState
 
 WINDOW_BYTES: Final = 32 << 20  # posted per link: more would only delay the end of a transfer that is abandoned
 MAX_LOOK_S: Final = 1e-3
+CLOSED_STALL_S: Final = 0.5  # where a transfer is over: its engine, or the receiver, waits for the pages
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +78,8 @@ class RdmaMover:
         if not self._landings:
             return True
         waited_s = self._clock() - self._moved_s
-        if waited_s >= self._stall_s:
+        is_closed = any(landing.transfer.state is XferState.CLOSED for landing in self._landings.values())
+        if waited_s >= (min(CLOSED_STALL_S, self._stall_s) if is_closed else self._stall_s):
             raise RdmaError(reason="channel_lost: rdma stalled", detail=f"nothing has landed for {waited_s:.1f} s")
         self._pacer.wake_in(min(waited_s / 4, MAX_LOOK_S))
         return self._num_bytes < WINDOW_BYTES and self._finishing not in self._landings

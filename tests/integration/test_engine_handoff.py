@@ -12,13 +12,14 @@ import torch
 from engines.kv_region import KVTensor
 from engines.messages import Arrived, Drop
 from tests.cluster import TINY_CHAT
+from tests.contract.transport_helpers import PROTOCOLS
 from tests.engine_pair import EnginePair
 
 PROMPTS = [json.loads(line) for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()]
 HELLO = PROMPTS[0]
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=PROTOCOLS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EnginePair]:
     pair = EnginePair(tmp_path, TINY_CHAT, protocol=request.param)
     yield pair

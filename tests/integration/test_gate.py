@@ -16,13 +16,16 @@ import torch
 
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.cluster import TINY_CHAT, read_streams, running_cluster
+from tests.contract.transport_helpers import needs_nixl
 
 PROMPTS = [json.loads(line) for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()]
 LAYOUTS = {
     "shm": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "shm"}),
     "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
+    "rdma": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "rdma"}),
     "both": (("--both", "1"), {}),
 }
+NEEDED = {"rdma": needs_nixl}
 pytestmark = pytest.mark.gate
 
 
@@ -39,7 +42,7 @@ def _generate(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
     return new
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=NEEDED.get(name, ())) for name in LAYOUTS])
 def test_tokens_equal_transformers_on_every_prompt(layout: str, tmp_path: Path) -> None:
     flags, env = LAYOUTS[layout]
     with running_cluster(tmp_path, "--dtype", "float32", *flags, env=env) as cluster:

@@ -11,8 +11,9 @@ import configs
 from compose.errors import EnvironmentProblem
 from compose.local import redis_urls
 from compose.ports import free_port, port_problem
-from compose.preflight import Findings, check_model, check_ports, check_workers, server_problems
+from compose.preflight import Findings, check_model, check_ports, check_transfer, check_workers, server_problems
 from kvstore.state.server_facts import ServerFacts
+from kvstore.transport import rdma
 
 CONFIG = {
     "num_hidden_layers": 4,
@@ -87,6 +88,17 @@ def test_prefill_workers_alone_are_refused() -> None:
     found = Findings()
     check_workers(settings(CELERIAC_DECODE__NUM_WORKERS="0"), found)
     assert found.problems == ["There are prefill workers only. Expected `--decode 1` or more, or `--both N`."]
+
+
+def test_rdma_without_nixl_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rdma, "nixl_version", lambda: "")
+    found = Findings()
+    check_transfer(settings(CELERIAC_TRANSFER__PROTOCOL="rdma"), found)
+    (problem,) = found.problems
+    assert "nixl-cu12 is not installed here; install celeriac[rdma]" in problem
+
+    check_transfer(settings(), found)
+    assert len(found.problems) == 1
 
 
 def test_a_server_that_would_lose_requests_is_refused() -> None:

@@ -11,7 +11,7 @@ from kvstore.transport.errors import RdmaError
 from kvstore.transport.rdma_agent import MAX_DESCRIPTORS
 from kvstore.transport.rdma_mover import WINDOW_BYTES, RdmaMover
 from kvstore.transport.region import KVRegion
-from kvstore.transport.transfers import Transfer
+from kvstore.transport.transfers import Transfer, XferState
 
 PEER = 1 << 40
 LAYERS, LAYER_BYTES = 2, 4096
@@ -176,6 +176,19 @@ def test_a_peer_on_which_nothing_lands_is_given_up(region: KVRegion) -> None:
         mover.is_ready()
 
     assert caught.value.reason.startswith("channel_lost")
+
+
+def test_the_end_of_a_transfer_waits_half_a_second_for_a_peer_on_which_nothing_lands(region: KVRegion) -> None:
+    mover, _, _, clock = _mover(region)
+    transfer = _transfer(1)
+    list(mover.move(transfer, [(0, 0)], 0, LAYERS))
+    transfer.state = XferState.CLOSED
+    clock.advance(0.25)
+    mover.is_ready()
+    clock.advance(0.25)
+
+    with pytest.raises(RdmaError, match="nothing has landed"):
+        mover.is_ready()
 
 
 def test_close_destroys_the_agent_whatever_is_in_flight(region: KVRegion) -> None:
