@@ -30,6 +30,7 @@ from kvstore.transport.frames import (
     frame,
     parse_body,
     parse_header,
+    pushed_frame,
 )
 from kvstore.transport.handshake import WriterHandshake
 from tests.contract.transport_helpers import End
@@ -189,6 +190,26 @@ def test_data_out_of_bounds_writes_nothing(end: End, changes: dict[str, int], nu
     assert end.node.rejects() == {reason: 1}
     assert end.wait(BlocksFree).blocks == (3, 4)
     assert not any(end.region.buffer), "a byte was written"
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_bytes", "reason"),
+    [({}, 0, "bad_page"), ({"serial": 77}, 0, ""), ({}, 3, "body")],
+    ids=["of-a-tcp-writer", "of-a-grant-that-is-over", "too-long"],
+)
+def test_a_notice_of_written_pages_hashes_only_what_its_writer_can_have_written(
+    end: End, changes: dict[str, int], num_bytes: int, reason: str
+) -> None:
+    writer = RawWriter(end).greet()
+    grant = writer.reserve([3, 4])
+    sub = pushed_frame(good_data(grant, **changes))[HEADER.size :] + bytes(num_bytes)
+    writer.sock.sendall(HEADER.pack(MAGIC, VERSION, FrameType.PUSHED, 0, len(sub)) + sub)
+    if reason:
+        assert writer.is_closed()
+        assert end.wait(BlocksFree).blocks == (3, 4)
+    else:
+        writer.reserve([5], xfer="raw:2")  # the link lives
+    assert end.node.rejects() == ({reason: 1} if reason else {})
 
 
 def test_data_for_another_peers_grant_is_refused_and_leaves_that_peer_alone(end: End) -> None:
