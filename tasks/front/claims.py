@@ -28,10 +28,18 @@ from tasks.front.requests import Choice, LiveRequest, Phase
 log = logging.getLogger(__name__)
 
 SUSPECT_CRASHES = 2  # its workers died twice: it runs alone the third time
-PINNED_AFTER_CLAIMS = 2  # released twice: now it reserves all it can ever need
+PINNED_AFTER_CLAIMS = 2  # whatever it was released for twice: now it reserves all it can ever need
 History = list[tuple[list[int], list[TokenLogprobs] | None]]
 
 _decode_params = msgspec.msgpack.Decoder(SamplingParams).decode
+
+
+def has_been_preempted(claimed: Claimed) -> bool:
+    """Whether a decode worker gave it up. The record's epoch tells: each former attempt raised it once by its claim,
+    once by its end, and once more by each handoff in between; a crash may have come between those two.
+    """
+    num_handoffs = claimed.epoch - 2 * claimed.attempts
+    return num_handoffs > claimed.crash_attempts
 
 
 class Claims:
@@ -212,7 +220,7 @@ class Claims:
                 priority=body.priority,
                 deadline_s=max(request.deadline_s - ctx.clock(), 0.0),
                 targets=targets if request.mode == "push" else [],
-                reserve_full=claimed.attempts > PINNED_AFTER_CLAIMS,
+                reserve_full=claimed.attempts > PINNED_AFTER_CLAIMS or has_been_preempted(claimed),
                 prefix=self._find_prefix(request, body),
             )
         )

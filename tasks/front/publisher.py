@@ -114,8 +114,7 @@ class Publisher:
             return  # our own handoff overtook it: the handoff's reply decides
         if request.phase is Phase.TAKEN and isinstance(reply, Stale):
             return
-        is_pushing = request.phase is Phase.COMPUTING and request.mode == "push"
-        if is_pushing and isinstance(reply, Stale) and reply.state is RequestState.DECODING:
+        if request.is_leaving and isinstance(reply, Stale) and reply.state is RequestState.DECODING:
             self._wait_for_push(request)
         else:
             self._ends.lost(request, reply)

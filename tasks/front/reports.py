@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from engines.messages import Failed, Granted, NoGrant, Preempted, Pushed, Stop, Tokens
+from engines.messages import Failed, Granted, NoGrant, Owner, Preempted, Pushed, Stop, Tokens
 from kvstore.state.replies import Final, Gone, HandedOff, Stale
 from tasks.front.context import FrontContext
 from tasks.front.ends import NO_PAGES_WAIT_S, RequestEnds
@@ -61,18 +61,21 @@ class EngineReports:
             request.advance(Phase.DECODING)
             set_cursors(request, reply)
             ctx.dirty.add(request)
+            ctx.link.send(Owner(rid, reply.epoch, token))
 
         ctx.calls.do(f"handoff {rid} to itself", lambda: ctx.store.handoff(rid, epoch, former, token), answered)
 
     def on_granted(self, message: Granted) -> None:
-        """A decode worker promised blocks: show its Celery task there while the prompt is computed."""
+        """A decode worker promised blocks: show its Celery task there while the prompt is computed, or it moves."""
         ctx, request = self._ctx, self._ctx.live.get(message.rid)
         if request is None:
             return
+        request.is_moving = request.phase is Phase.DECODING
         self._peers.assign(message.node)
         queue = decode_queue(ctx.model, message.node)
         remaining_s = max(request.deadline_s - ctx.clock(), 0.0)
-        ctx.hub.send_decode(request.rid, request.wake_n, message.attempt, queue, remaining_s)
+        # A task id is never used twice: one that was handed to us has no wake number, and its epoch only grows.
+        ctx.hub.send_decode(request.rid, request.wake_n or request.epoch, message.attempt, queue, remaining_s)
 
     def on_no_grant(self, message: NoGrant) -> None:
         request = self._ctx.live.get(message.rid)
@@ -87,13 +90,15 @@ class EngineReports:
     def on_pushed(self, message: Pushed) -> None:
         """The end of a push. HANDED: the decode worker owns it; what we could not publish came to it with the KV."""
         request = self._ctx.live.get(message.rid)
-        if request is None or request.mode != "push":
+        if request is None or not (request.mode == "push" or request.is_moving):
             return
         if request.phase is not Phase.TAKEN and all(choice.is_done for choice in request.choices):
             return  # finished at prefill: the last append ends it
         if message.outcome == "handed" or request.phase is Phase.TAKEN:
+            is_from_prefill = request.mode == "push"
             self._ends.finished(request, "handed")
-            self._stamp(message)
+            if is_from_prefill:
+                self._stamp(message)
         else:
             self._ends.released(request, f"push {message.outcome}: {message.reason}", wait_s=NO_PAGES_WAIT_S)
 

@@ -43,7 +43,7 @@ TRANSITIONS: Final[dict[Phase, frozenset[Phase]]] = {
     Phase.COMPUTING: frozenset({Phase.HANDING, Phase.TAKEN, Phase.ENDED}),
     Phase.HANDING: frozenset({Phase.DECODING, Phase.ENDED}),
     Phase.TAKEN: frozenset({Phase.ENDED}),
-    Phase.DECODING: frozenset({Phase.ENDED}),
+    Phase.DECODING: frozenset({Phase.TAKEN, Phase.ENDED}),
     Phase.ENDED: frozenset(),
 }
 
@@ -138,6 +138,7 @@ class LiveRequest:
         deadline_s, started_s: on this process's clock.
         engine_epoch: epoch that the engine was told; tokens of another one are of a former stay of this request.
         attempts: claims so far, this one included.
+        is_moving: it decodes here, and another decode worker has promised blocks for it.
     """
 
     rid: str
@@ -151,6 +152,7 @@ class LiveRequest:
     started_s: float
     engine_epoch: int
     attempts: int = 1
+    is_moving: bool = False
     jobs: list[JobPort] = field(default_factory=list)
 
     def advance(self, phase: Phase) -> None:
@@ -166,6 +168,13 @@ class LiveRequest:
     def may_publish(self) -> bool:
         """A local one publishes under its decode token only: its own `handoff` would make older appends STALE."""
         return self.phase is Phase.DECODING or (self.phase is Phase.COMPUTING and self.mode == "push")
+
+    @property
+    def is_leaving(self) -> bool:
+        """The record may say any moment that another decode worker has it."""
+        return (self.phase is Phase.COMPUTING and self.mode == "push") or (
+            self.phase is Phase.DECODING and self.is_moving
+        )
 
     @property
     def is_finished(self) -> bool:
