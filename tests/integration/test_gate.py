@@ -24,6 +24,10 @@ LAYOUTS = {
     "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
     "rdma": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "rdma"}),
     "both": (("--both", "1"), {}),
+    "speculation": (
+        ("--prefill", "1", "--decode", "1"),
+        {"CELERIAC_ENGINE__SPECULATION": "ngram", "CELERIAC_ENGINE__SPECULATION_MAX_SEQS": "64"},
+    ),
 }
 NEEDED = {"rdma": needs_nixl}
 pytestmark = pytest.mark.gate

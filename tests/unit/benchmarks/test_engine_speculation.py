@@ -16,6 +16,7 @@ class FakeEngine:
         self._num_jobs = 0
 
     def run(self, job: dict[str, object]) -> dict[str, object]:
+        assert job["wants_counters"]
         self._num_jobs += 1
         counters = {"draft_tokens": self._drafted, "kept_draft_tokens": self._drafted // 4, "steps": 4}
         return {
