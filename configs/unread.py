@@ -16,8 +16,6 @@ _any_but_default: Final = None
 
 # path -> (values that nothing reads; None: any but the default, reason)
 UNREAD: Final[Mapping[str, tuple[Callable[[Any], bool] | None, str]]] = {
-    "prefill.tensor_parallel_size": (lambda n: n > 1, "tensor parallel engines are not built yet"),
-    "decode.tensor_parallel_size": (lambda n: n > 1, "tensor parallel engines are not built yet"),
     "prefill.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "decode.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "decode.max_batch_size": (_any_but_default, "sequences join one by one, `decode.max_num_seqs` is the limit"),

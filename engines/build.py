@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from engines.structured.compiler import GrammarCompiler
 from engines.structured.grammar import Vocabulary
 from engines.swap import Ladder
 from engines.swap.make import make_relief
+from engines.tensor_parallel.parallel_engine import ParallelEngine
 from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
@@ -58,12 +60,15 @@ class Engine:
     num_threads: int
     timer: StepTimer
     tiers: TieredStore | None = None
+    parallel: ParallelEngine | None = None
 
     def close(self) -> None:
         """Stop what has threads: peers see the connections close, blocks on their way to the disk get there."""
         self.node.stop()
         if self.tiers is not None:
             self.tiers.close()
+        if self.parallel is not None:
+            self.parallel.close()
 
 
 def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) -> Engine:
@@ -75,8 +80,11 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     settings = config.settings
     role = settings.prefill if config.role == "prefill" else settings.decode
     torch.set_grad_enabled(False)
-    if config.cpus:
-        torch.set_num_threads(len(config.cpus))
+    parallel = ParallelEngine(role.tensor_parallel_size) if role.tensor_parallel_size > 1 else None
+    cpus = config.cpus if parallel is None else parallel.cpus(config)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(len(cpus))
     device = choose_device(role.device)
     dtype = choose_dtype(settings.model.dtype, device)
     folder = resolve_model(settings.model.path, settings.model.revision)
@@ -87,6 +95,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         linear=settings.engine.linear,
         kernels=settings.engine.kernels,
         deterministic=settings.engine.deterministic,
+        shard=None if parallel is None else parallel.shard,
     )
     max_model_len = _context(settings.model.max_model_len, model_config)
 
@@ -101,6 +110,8 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         )
     region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
     start_touching(region.shared)
+    if parallel is not None:
+        parallel.start(config, region.shared, device=device)
     pool = BlockPool(num_blocks)
     digest = weights_digest(folder)
     cache = tiers = None
@@ -142,7 +153,8 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     timer: StepTimer = OFF
     if profile := StepProfile.from_environment(config.incarnation):
         timer, scheduler, send = profile, TimedScheduler(scheduler, profile), timed_send(send, profile)
-    runner = ModelRunner(model, region, device=device, dtype=dtype, timer=timer)
+    tell_ranks = None if parallel is None else parallel.tell
+    runner = ModelRunner(model, region, device=device, dtype=dtype, timer=timer, tell_ranks=tell_ranks)
     step_log = StepLog.from_environment(config.incarnation)
     core = EngineCore(
         incarnation=config.incarnation,
@@ -190,6 +202,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         torch.get_num_threads(),
         timer,
         tiers,
+        parallel,
     )
 
 

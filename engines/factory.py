@@ -17,6 +17,8 @@ from engines.models.generic_loader import load_generic
 from engines.models.llama import LlamaModel
 from engines.models.loader import Progress, load_weights
 from engines.models.shape import ModelShape
+from engines.tensor_parallel.ranks import Shard
+from engines.tensor_parallel.shard import check_divisible, shard_config, shard_weights
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,13 @@ def build_engine_model(
     linear: str = "auto",
     kernels: str = "auto",
     deterministic: bool = False,
+    shard: Shard | None = None,
 ) -> tuple[LlamaModel | GenericModel, ModelShape]:
     """Read config and weights of a model folder. Blocks until all is in memory and in the order its linears want.
 
     Args:
         linear, kernels, deterministic: the settings of section `engine`.
+        shard: build one rank's part. The shape that is returned is that of the whole model.
 
     Raises:
         ModelError: the folder cannot be served; the message says what is wrong with which file.
@@ -80,6 +84,12 @@ def build_engine_model(
         config = ModelConfig.from_folder(folder)
     except UnsupportedModel as error:
         logger.info("%s", error)
+        if shard is not None:
+            raise DeviceUnavailable(
+                asked=f"tensor_parallel_size={shard.num_ranks}",
+                why=f"{folder} runs on transformers' own layers, which are not cut into ranks",
+                hint="Set it to 1, or serve a model of the Llama, Qwen or Mistral families.",
+            ) from error
         if deterministic:
             raise DeviceUnavailable(
                 asked="engine.deterministic",
@@ -93,14 +103,21 @@ def build_engine_model(
             why=f"{folder} has sliding windows, whose attention depends on how a prompt is cut into chunks",
             hint="Set it to false, or serve a model without them.",
         )
+    if shard is not None:
+        check_divisible(config, shard.num_ranks)
     weights = load_weights(folder, config, dtype=dtype, device=device, progress=progress)
+    own_config = config
+    if shard is not None:
+        own_config = shard_config(config, shard.num_ranks)
+        weights = shard_weights(weights, config, shard.rank, shard.num_ranks)
     found = find_kernels(kernels, dtype=dtype, device=device)
     model = LlamaModel(
-        config,
+        own_config,
         weights,
         linear=choose_linear(linear, dtype=dtype, device=device, kernels=found, deterministic=deterministic),
         kernels=found,
         is_deterministic=deterministic,
+        shard=shard,
     )
     logger.info("%s: loaded as %s in %.2f s", folder, str(dtype).removeprefix("torch."), time.monotonic() - started_s)
     return model, config

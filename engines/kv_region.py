@@ -37,7 +37,12 @@ class KVTensor:
 
         layer_bytes = cls.bytes_per_block(config, block_size, dtype) // config.num_layers
         shared = KVRegion.create(num_blocks, config.num_layers, layer_bytes)
-        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        return cls.over(shared, config, block_size=block_size, dtype=dtype)
+
+    @classmethod
+    def over(cls, shared: KVRegion, config: ModelShape, *, block_size: int, dtype: torch.dtype) -> KVTensor:
+        """A region that is there already, of this process or of another, as a tensor."""
+        shape = (shared.num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         return cls(torch.frombuffer(shared.buffer, dtype=dtype).view(shape), shared)
 
     @property

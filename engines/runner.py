@@ -38,6 +38,34 @@ class StepResult:
     sampled: list[SampledTokens]
 
 
+class ForwardPass:
+    """A model and its attention over a KV region: what every rank of an engine does in a step. One thread.
+
+    Args:
+        kv: the whole region; a rank's model knows which heads in it are its own.
+    """
+
+    def __init__(self, model: LlamaModel | GenericModel, kv: Tensor, *, device: str) -> None:
+        self._model = model
+        self._device = device
+        self._attention = _attention_of(model, kv)
+        self._ids = self._positions = torch.empty(0)
+
+    def begin(self, batch: PackedBatch, rows: tuple[AttentionRow, ...]) -> None:
+        """Take in the step's tokens and where their KV lies."""
+        self._attention.begin_step(AttentionMetadata(rows, self._on_device(batch.slots)))
+        self._ids, self._positions = self._on_device(batch.ids), self._on_device(batch.positions)
+
+    def compute(self, on_layers: Callable[[int, int], None] | None = None, layer_group: int = 0) -> Tensor:
+        """Hidden states `[num_tokens, hidden]` of the step that has begun."""
+        return self._model.forward(
+            self._ids, self._positions, self._attention, on_layers=on_layers, layer_group=layer_group
+        )
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
 class ModelRunner:
     """Owned by the engine thread. The only code that writes KV, apart from the transport's arrivals."""
 
@@ -49,12 +77,14 @@ class ModelRunner:
         device: str,
         dtype: torch.dtype,
         timer: StepTimer = OFF,
+        tell_ranks: Callable[[PackedBatch, tuple[AttentionRow, ...]], None] | None = None,
     ) -> None:
+        """`tell_ranks`: called with each step, for the other ranks of a tensor parallel engine to compute it, too."""
         assert model.dtype == dtype == region.kv.dtype, (model.dtype, dtype, region.kv.dtype)
         self._model = model
         self._region = region
-        self._device = device
-        self._attention = _attention_of(model, region.kv)
+        self._pass = ForwardPass(model, region.kv, device=device)
+        self._tell_ranks = tell_ranks
         self._kernels = model.kernels if isinstance(model, LlamaModel) else None
         self._sampler = Sampler(model.config.eos_token_ids)
         self._timer = timer
@@ -100,24 +130,12 @@ class ModelRunner:
     def _forward(self, plan: StepPlan, on_layers: Callable[[int, int], None] | None, layer_group: int) -> Tensor:
         self._timer.split(OTHER)
         batch = PackedBatch.of(plan.scheduled, self._region.block_size)
-        self._attention.begin_step(
-            AttentionMetadata(
-                tuple(AttentionRow(i.start, i.num_new_tokens, i.sequence.block_table) for i in plan.scheduled),
-                self._on_device(batch.slots),
-            )
-        )
-        id_tensor, position_tensor = self._on_device(batch.ids), self._on_device(batch.positions)
+        rows = tuple(AttentionRow(i.start, i.num_new_tokens, i.sequence.block_table) for i in plan.scheduled)
+        if self._tell_ranks is not None:
+            self._tell_ranks(batch, rows)
+        self._pass.begin(batch, rows)
         self._timer.split("metadata")
-        return self._model.forward(
-            id_tensor,
-            position_tensor,
-            self._attention,
-            on_layers=on_layers,
-            layer_group=layer_group,
-        )
-
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return self._pass.compute(on_layers, layer_group)
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
         """Logprobs of the prompt tokens that follow the positions of this step, where a request wants them."""
@@ -159,6 +177,7 @@ class ModelRunner:
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:
     if isinstance(model, GenericModel):
         return model.make_attention(kv)
+    kv = kv[:, :, :, model.kv_heads]
     make = partial(choose_attention, kv, model.config.num_heads, model.kernels, deterministic=model.is_deterministic)
     windows = model.config.windows
     return WindowedAttention(make, kv, windows) if any(windows) else make()

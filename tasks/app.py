@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
-from click import Choice, Option
+from click import Choice, IntRange, Option
 
 import configs
 from configs.origin_check import check_origin
@@ -34,6 +34,11 @@ def make_app(settings: Settings) -> Celery:
             Option(("--role",), type=Choice(["prefill", "decode", "both"]), help="Role; without it, what -Q says."),
             Option(("--gpu",), help="GPU index of this worker (CUDA_VISIBLE_DEVICES of its engine). Without: CPU."),
             Option(("--share-gpu",), is_flag=True, help="Allow another worker of this host on the same GPU."),
+            Option(
+                ("--tensor-parallel-size",),
+                type=IntRange(1, 64),
+                help="Ranks that compute this worker's model together. Without: what the settings of its role say.",
+            ),
             Option(("--cpus",), help="Cores of this worker's engine, such as 0-3."),
         )
     )

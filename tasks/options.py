@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from configs.schema import Settings
 from tasks.errors import WorkerStartError
 
@@ -16,13 +18,16 @@ _ROLE_OF_PREFIX: dict[str, Role] = {"prefill": "prefill", "decode": "decode", "g
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """`gpu`: index as CUDA_VISIBLE_DEVICES takes it, None for the CPU. `cpus` empty: wherever the OS runs it."""
+    """`gpu`: index as CUDA_VISIBLE_DEVICES takes it, None for the CPU. `cpus` empty: wherever the OS runs it.
+    `tensor_parallel_size` None: what the settings of the role say.
+    """
 
     node: str
     role: Role
     gpu: str | None = None
     share_gpu: bool = False
     cpus: tuple[int, ...] = ()
+    tensor_parallel_size: int | None = None
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:
@@ -85,7 +90,17 @@ def worker_options(given: Mapping[str, Any], *, node: str, queues: Iterable[str]
         gpu=given.get("gpu"),
         share_gpu=bool(given.get("share_gpu")),
         cpus=parse_cpus(cpus) if cpus else (),
+        tensor_parallel_size=given.get("tensor_parallel_size"),
     )
+
+
+def with_ranks(settings: Settings, options: WorkerOptions) -> Settings:
+    """The settings of a worker whose command line names its number of ranks."""
+    if options.tensor_parallel_size is None:
+        return settings
+    role = settings.prefill if options.role == "prefill" else settings.decode
+    own = msgspec.structs.replace(role, tensor_parallel_size=options.tensor_parallel_size)
+    return msgspec.structs.replace(settings, **{"prefill" if options.role == "prefill" else "decode": own})
 
 
 def default_concurrency(role: Role, settings: Settings) -> int:

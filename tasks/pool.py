@@ -34,7 +34,7 @@ from kvstore.state.replies import Turn
 from tasks.acks import BatchedAcks, renew_unacked
 from tasks.job import Job
 from tasks.names import Identity
-from tasks.options import WorkerOptions
+from tasks.options import WorkerOptions, with_ranks
 from tasks.wakeups import WakeupSender
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         options = self.worker_options
         try:
             self._child = spawn_engine(
-                self._settings,
+                with_ranks(self._settings, options),
                 role=options.role,
                 node=options.node,
                 incarnation=incarnation,

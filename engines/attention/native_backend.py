@@ -33,6 +33,7 @@ class _StepArgs(ctypes.Structure):
         ("num_layers", c_int64),
         ("num_heads", c_int64),
         ("num_kv_heads", c_int64),
+        ("heads_apart", c_int64),
         ("block_size", c_int64),
         ("num_threads", c_int64),
         ("scale", c_float),
@@ -57,11 +58,13 @@ class _StepArgs(ctypes.Structure):
 
 
 class NativeAttention:
-    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. One thread only."""
+    """`kv` is the region `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, or some of its heads. One
+    thread only.
+    """
 
     def __init__(self, kv: Tensor, num_heads: int, kernels: Kernels) -> None:
         _, num_layers, _, num_kv_heads, block_size, head_dim = kv.shape
-        assert kv.is_contiguous()
+        assert kv[0, 0, 0].is_contiguous()
         assert kv.dtype == kernels.dtype
         assert head_dim in HEAD_DIMS, head_dim
         self._kv = kv
@@ -73,6 +76,7 @@ class NativeAttention:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
+            heads_apart=kv.stride(2) // (block_size * head_dim),
             block_size=block_size,
             scale=head_dim**-0.5,
         )

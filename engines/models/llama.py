@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,11 +22,15 @@ from engines.attention.native_backend import NativeAttention
 from engines.ext.library import Kernels
 from engines.ext.row_ops import NativeRowOps
 from engines.linear.backend import Linear, LinearBackend
+from engines.linear.summed_linear import SummedLinear
 from engines.linear.torch_linear import TorchBackend
 from engines.models.config import ModelConfig
 from engines.models.native_stack import NativeStack
 from engines.models.rope import RopeTable
 from engines.models.row_ops import RowOps, TorchRowOps
+
+if TYPE_CHECKING:
+    from engines.tensor_parallel.ranks import Shard
 
 OnLayers = Callable[[int, int], None]
 
@@ -61,7 +66,7 @@ class LlamaWeights:
 class _Layer:
     """One layer as it runs: its linears made, its norms as they are."""
 
-    def __init__(self, weights: LayerWeights, linear: LinearBackend) -> None:
+    def __init__(self, weights: LayerWeights, linear: LinearBackend, shard: Shard | None) -> None:
         self.input_norm = weights.input_norm
         self.post_norm = weights.post_norm
         self.q_norm = weights.q_norm
@@ -70,6 +75,8 @@ class _Layer:
         self.o: Linear = linear.make(weights.o, weights.o_bias)
         self.gate_up: Linear = linear.make(weights.gate_up, weights.gate_up_bias)
         self.down: Linear = linear.make(weights.down, weights.down_bias)
+        if shard is not None:
+            self.o, self.down = SummedLinear(self.o, shard.add_up), SummedLinear(self.down, shard.add_up)
 
 
 class LlamaModel:
@@ -79,6 +86,7 @@ class LlamaModel:
         linear: makes the linear layers; torch's unless told otherwise.
         kernels: C++ for norms, SiLU and rotation, and for the attention of whoever runs this model; None is torch.
         is_deterministic: whoever runs this model gives it an attention whose order of summation is the sequence's.
+        shard: `config` and `weights` are one rank's part, and this is which.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class LlamaModel:
         linear: LinearBackend | None = None,
         kernels: Kernels | None = None,
         is_deterministic: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         linear = linear or TorchBackend()
         self.config = config
@@ -96,7 +105,9 @@ class LlamaModel:
         self.is_deterministic = is_deterministic
         self._embed = weights.embed
         self._norm = weights.norm
-        self._layers = tuple(_Layer(layer, linear) for layer in weights.layers)
+        self._layers = tuple(_Layer(layer, linear, shard) for layer in weights.layers)
+        num_kv_heads, rank = config.num_kv_heads, 0 if shard is None else shard.rank
+        self.kv_heads = slice(rank * num_kv_heads, (rank + 1) * num_kv_heads)  # of those in the region
         self._lm_head: Linear = linear.make(weights.lm_head)
         self._rows: RowOps = TorchRowOps() if kernels is None else NativeRowOps(kernels)
         # All layers in one call, where linears and attention are C++.

@@ -10,7 +10,7 @@ namespace celeriac {
 // One step, filled by engines/attention/native_backend.py (`_StepArgs`, field by field). Rows are sequences.
 struct Step {
   void* kv;
-  int64_t num_layers, num_heads, num_kv_heads, block_size, num_threads;
+  int64_t num_layers, num_heads, num_kv_heads, heads_apart, block_size, num_threads;  // heads_apart: in the region
   float scale;
   int64_t num_tokens;
   const int64_t* slots;      // [num_tokens]: block * block_size + offset
@@ -39,11 +39,11 @@ struct Pages {
   const int64_t* table;
 
   Pages(const Step& step, int64_t row, int64_t layer, int64_t kv_head)
-      : block_stride(step.num_layers * 2 * step.num_kv_heads * step.block_size * D),
-        value_offset(step.num_kv_heads * step.block_size * D),
+      : block_stride(step.num_layers * 2 * step.heads_apart * step.block_size * D),
+        value_offset(step.heads_apart * step.block_size * D),
         block_size(step.block_size),
         table(step.tables + step.table_at[row]) {
-    keys = static_cast<const T*>(step.kv) + (layer * 2 * step.num_kv_heads + kv_head) * step.block_size * D;
+    keys = static_cast<const T*>(step.kv) + (layer * 2 * step.heads_apart + kv_head) * step.block_size * D;
   }
 
   // Keys of positions [lo, hi), at most `Tile` of them; the values lie `value_offset` behind.
@@ -59,7 +59,7 @@ struct Pages {
 // Keys and values of one token, heads side by side, to their slot.
 template <typename T>
 inline void write_kv_token(const Step& step, int64_t layer, int64_t head_dim, int64_t t, const T* k, const T* v) {
-  const int64_t page = step.block_size * head_dim, half = step.num_kv_heads * page;
+  const int64_t page = step.block_size * head_dim, half = step.heads_apart * page;
   const int64_t block = step.slots[t] / step.block_size, offset = step.slots[t] % step.block_size;
   T* to = static_cast<T*>(step.kv) + (block * step.num_layers + layer) * 2 * half + offset * head_dim;
   for (int64_t h = 0; h < step.num_kv_heads; h++) {
