@@ -33,7 +33,7 @@ def share_of_block(blocks: Words, block: int, share: HeadShare, layer_lo: int, l
 
 
 class Packer:
-    """Not thread-safe. Owns no memory but one block of scratch for compressed links."""
+    """Not thread-safe."""
 
     def __init__(self, conversion: Conversion, region: memoryview) -> None:
         self.conversion = conversion
@@ -74,28 +74,20 @@ class Packer:
         num_tokens: int,
         layer_lo: int,
         layer_hi: int,
-    ) -> None:
-        """The same as it goes over the wire: `(hi - lo) * conversion.wire_layer_bytes` bytes of `out`."""
-        shape = self.shape(layer_hi - layer_lo)
-        if not self.conversion.is_compressed:
-            self.fill(out.view(self._word_type).reshape(shape), table, place, num_tokens, layer_lo, layer_hi)
-            return
+    ) -> Words:
+        """The same as it goes over the wire: `(hi - lo) * conversion.wire_layer_bytes` bytes of `out`.
+
+        Returns what will lie in the receiver's pages: contiguous, of `shape`.
+        """
+        c, shape = self.conversion, self.shape(layer_hi - layer_lo)
+        if not c.is_compressed:
+            words: Words = out.view(self._word_type).reshape(shape)
+            self.fill(words, table, place, num_tokens, layer_lo, layer_hi)
+            return words
         words = np.empty(shape, dtype=self._word_type)
         self.fill(words, table, place, num_tokens, layer_lo, layer_hi)
-        c = self.conversion
         compress(words, c.destination.dtype, c.compression, out)
-
-    def arriving(self, table: Mapping[int, int], place: int, num_tokens: int) -> memoryview:
-        """The bytes that lie in the receiver's pages when all layers of the share have arrived."""
-        c = self.conversion
-        shape = self.shape(c.destination.num_layers)
-        words = np.empty(shape, dtype=self._word_type)
-        self.fill(words, table, place, num_tokens, 0, c.destination.num_layers)
-        if c.is_compressed:
-            packed = np.empty(c.destination.num_layers * c.wire_layer_bytes, dtype=np.uint8)
-            compress(words, c.destination.dtype, c.compression, packed)
-            words = expand(packed, shape, c.destination.dtype, c.compression)
-        return np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+        return expand(out, shape, c.destination.dtype, c.compression)
 
 
 class Unpacker:

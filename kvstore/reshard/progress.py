@@ -34,7 +34,7 @@ class Progress:
         """
         layers = (1 << layer_hi) - (1 << layer_lo)
         for block, position in pairs:
-            self.table[position] = block
+            self._place(block, position)
             self._pushed[position] = self._pushed.get(position, 0) | layers
         c = self._conversion
         end = max(self.table, default=0) * c.source.block_size // c.destination.block_size
@@ -49,7 +49,8 @@ class Progress:
 
     def finish(self, src_blocks: Sequence[int], num_tokens: int) -> Iterator[Part]:
         """All of the sequence is there: what has not gone yet."""
-        self.table = dict(enumerate(src_blocks))
+        for position, block in enumerate(src_blocks):
+            self._place(block, position)
         num_layers = self._conversion.source.num_layers
         for place in range(self._first_open, self._conversion.blocks_for(num_tokens)):
             sent = self._sent.get(place, 0)
@@ -62,6 +63,17 @@ class Progress:
                     yield place, lo, layer
                 layer += 1
             self._sent[place] = (1 << num_layers) - 1
+
+    def _place(self, block: int, position: int) -> None:
+        """Another block than before: whatever was made of the former one must go again."""
+        before = self.table.get(position, block)
+        self.table[position] = block
+        if before != block:
+            src, dst = self._conversion.source.block_size, self._conversion.destination.block_size
+            self._pushed[position] = 0
+            for place in range(position * src // dst, -(-(position + 1) * src // dst)):
+                self._sent[place] = 0
+                self._first_open = min(self._first_open, place)
 
     def _sources(self, place: int) -> range:
         """Positions of the source blocks that a destination block is made of."""

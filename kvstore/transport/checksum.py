@@ -8,6 +8,7 @@ Place, layer, epoch and token count are inside, so a right page in a wrong place
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -41,15 +42,23 @@ class TransferChecksum:
             yield
         self._hash.update(cells.packed(len(block_ids)))
 
-    def update_views(self, views: Iterable[memoryview], slice_bytes: int) -> Iterator[None]:
-        """The same for bytes that are no whole blocks of a region."""
-        num_bytes = 0
-        for view in views:
-            self._hash.update(view)
-            num_bytes += len(view)
+    def update_parts(self, cells: Iterable[Iterable[memoryview]], slice_bytes: int) -> Iterator[None]:
+        """The same for cells of which only some runs are meant, in the order of places and layers."""
+        digests, num_bytes = array("Q"), 0
+        for runs in cells:
+            one = xxhash.xxh3_64()
+            for run in runs:
+                one.update(run)
+                num_bytes += len(run)
+            digests.append(one.intdigest())
             if num_bytes >= slice_bytes:
                 num_bytes = 0
                 yield
+        self.update_digests(memoryview(digests).cast("B"))
+
+    def update_digests(self, digests: memoryview) -> None:
+        """Take in cells that were hashed before."""
+        self._hash.update(digests)
 
     def value(self) -> int:
         return int(self._hash.intdigest())

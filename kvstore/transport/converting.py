@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from kvstore.reshard.dtypes import Words
 from kvstore.reshard.pack import Packer, blocks_as_words, share_of_block
 from kvstore.reshard.plan import Conversion
 from kvstore.reshard.progress import Part, Progress
@@ -50,10 +52,12 @@ class _Converting(ABC):
     def close(self) -> None:
         return None
 
-    def arriving(self, src_blocks: Sequence[int], num_tokens: int) -> Iterator[memoryview]:
-        table = dict(enumerate(src_blocks))
-        for place in range(self.conversion.blocks_for(num_tokens)):
-            yield self._packer.arriving(table, place, num_tokens)
+    def _hash(self, transfer: Transfer, place: int, layer_lo: int, words: Words) -> None:
+        """`words`: `[layers, ...]`, contiguous, what will lie in the receiver's pages of layers `layer_lo` on."""
+        if transfer.cells is not None:
+            first = place * self.conversion.destination.num_layers + layer_lo
+            for k, layer in enumerate(words):
+                transfer.cells.digests[first + k] = xxhash.xxh3_64_intdigest(layer)
 
     @abstractmethod
     def _send(
@@ -63,7 +67,7 @@ class _Converting(ABC):
 
 
 class ConvertingShmMover(_Converting):
-    """One strided copy, into the peer's mapping."""
+    """Strided copies into the peer's mapping; by way of a block in the caches where they are hashed."""
 
     def __init__(self, own: KVRegion, peer: KVRegion, conversion: Conversion) -> None:
         super().__init__(own, conversion)
@@ -78,7 +82,13 @@ class ConvertingShmMover(_Converting):
         moved = 0
         for place, lo, hi in parts:
             out = share_of_block(self._pages, transfer.dst_blocks[place], self.conversion.share, lo, hi)
-            self._packer.fill(out, table, place, num_tokens, lo, hi)
+            if transfer.cells is None:
+                self._packer.fill(out, table, place, num_tokens, lo, hi)
+            else:  # what is hashed is what was made, not what has become of it in the peer's pages
+                words = np.empty(self._packer.shape(hi - lo), dtype=self._pages.dtype)
+                self._packer.fill(words, table, place, num_tokens, lo, hi)
+                self._hash(transfer, place, lo, words)
+                out[:] = words
             moved += (hi - lo) * self.conversion.share_layer_bytes
             if moved >= SLICE_BYTES:
                 yield moved
@@ -106,7 +116,7 @@ class ConvertingTcpMover(_Converting):
             buffer = self._take(num_bytes)
             for k in range(count):
                 out = buffer[k * part_bytes : (k + 1) * part_bytes]
-                self._packer.pack(out, table, first + k, num_tokens, lo, hi)
+                self._hash(transfer, first + k, lo, self._packer.pack(out, table, first + k, num_tokens, lo, hi))
             header = data_frame(DataHeader(transfer.serial, transfer.epoch, first, count, lo, hi), num_bytes)
             frame = self._connection.send_pages(header, [buffer[:num_bytes].data], tag=transfer.xfer)
             self._ring.append((buffer, frame))

@@ -49,16 +49,15 @@ class Mover(Protocol):
 
 
 class ConvertingMover(Mover, Protocol):
-    """Of a link whose receiver keeps KV in another layout. Its blocks are the receiver's."""
+    """Of a link whose receiver keeps KV in another layout. Its blocks are the receiver's.
+
+    Fills `Transfer.cells`, if there are any, with digests of what will lie in the receiver's pages.
+    """
 
     conversion: Conversion
 
     def complete(self, transfer: Transfer, src_blocks: Sequence[int], num_tokens: int) -> Iterator[int]:
         """Move what waited for the number of tokens; yields as `move` does."""
-        ...
-
-    def arriving(self, src_blocks: Sequence[int], num_tokens: int) -> Iterator[memoryview]:
-        """What will lie in the receiver's pages, in the order of the grant. Each view is good until the next."""
         ...
 
 

@@ -28,8 +28,8 @@ class PeerPages(Protocol):
         """They are all there."""
         ...
 
-    def held(self, block: int) -> Iterator[memoryview]:
-        """All bytes of a block that this peer writes, in the order of its checksum."""
+    def held(self, block: int) -> Iterator[list[memoryview]]:
+        """What this peer writes of a block: the runs of each layer."""
         ...
 
 
@@ -44,8 +44,9 @@ class WholePages:
     def landed(self, blocks: Sequence[int], layer_lo: int, layer_hi: int) -> None:
         pass
 
-    def held(self, block: int) -> Iterator[memoryview]:
-        yield self._region.block(block)
+    def held(self, block: int) -> Iterator[list[memoryview]]:
+        for layer in range(self._region.num_layers):
+            yield [self._region.run(block, layer, layer + 1)]
 
 
 class SharePages:
@@ -62,8 +63,9 @@ class SharePages:
     def landed(self, blocks: Sequence[int], layer_lo: int, layer_hi: int) -> None:
         pass
 
-    def held(self, block: int) -> Iterator[memoryview]:
-        yield from self._runs(block, 0, self._region.num_layers)
+    def held(self, block: int) -> Iterator[list[memoryview]]:
+        for layer in range(self._region.num_layers):
+            yield list(self._runs(block, layer, layer + 1))
 
     def _runs(self, block: int, layer_lo: int, layer_hi: int) -> Iterator[memoryview]:
         page = self._region.block(block)

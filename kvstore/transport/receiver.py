@@ -373,9 +373,9 @@ class ReceiverSide:
                 xfer=xfer, epoch=commit.epoch, num_tokens=commit.num_tokens, state=commit.state, cells=landing.cells
             )
             link, blocks = landing.link, grant.blocks[: commit.num_blocks]
-            if link.is_converted:
-                held = (view for block in blocks for view in link.pages.held(block))
-                yield from checksum.update_views(held, SLICE_BYTES)
+            if link.share is not None:
+                held = (runs for block in blocks for runs in link.pages.held(block))
+                yield from checksum.update_parts(held, SLICE_BYTES)
             else:
                 yield from checksum.update(self._context.region, blocks, SLICE_BYTES)
             fault = "" if checksum.value() == commit.checksum else "checksum"
@@ -409,7 +409,7 @@ class ReceiverSide:
     def _landing(self, link: ReaderLink, grant: Grant) -> _Landing:
         found = self._landings.get(grant.reservation.xfer)
         if found is None:
-            has_cells = self._context.checksum and not link.is_converted
+            has_cells = self._context.checksum and link.share is None
             cells = CellDigests(len(grant.blocks), self._context.region.num_layers) if has_cells else None
             found = self._landings[grant.reservation.xfer] = _Landing(link, cells)
         return found

@@ -228,7 +228,7 @@ class WriterSide:
         if not is_sound or not all(block < link.num_peer_blocks for block in blocks):
             raise BadFrame(reason="bad_page", detail=f"GRANT of blocks {blocks[:8]} for {transfer.num_dst_blocks}")
         transfer.grant_id, transfer.serial, transfer.dst_blocks = grant.grant_id, grant.serial, array("q", blocks)
-        if self._context.checksum and link.converter is None:
+        if self._context.checksum:
             transfer.cells = CellDigests(len(blocks), self._context.region.num_layers)
         transfer.state = advance(transfer.state, XferEvent.GRANT)
         self._context.emit(GrantReceived(transfer.xfer, len(blocks)))
@@ -268,7 +268,8 @@ class WriterSide:
             if converter is None:
                 yield from checksum.update(self._context.region, src_blocks, SLICE_BYTES)
             else:
-                yield from checksum.update_views(converter.arriving(src_blocks, num_tokens), SLICE_BYTES)
+                assert t.cells is not None  # all of them were hashed when their parts were made
+                checksum.update_digests(t.cells.packed(num_filled))
             value = checksum.value()
         assert link.mover is not None
         yield from link.mover.finish(t)

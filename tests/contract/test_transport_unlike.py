@@ -16,7 +16,7 @@ from kvstore.reshard import Conversion, KVLayout
 from kvstore.reshard.dtypes import to_bfloat16, to_float32
 from kvstore.reshard.pack import blocks_as_words
 from kvstore.transport import Arrived, BlocksFree, GrantReceived, GrantRefused, Handed, PushFailed, ReserveRequested
-from tests.contract.transport_helpers import End
+from tests.contract.transport_helpers import End, FlippingRelay
 
 LAYOUT = KVLayout(
     num_layers=3, num_kv_heads=2, head_lo=0, head_hi=2, block_size=16, head_dim=8, dtype="bfloat16"
@@ -162,22 +162,42 @@ def test_one_side_alone_does_not_compress(make_end: MakeEnd) -> None:
     assert (_get(reader, LAYOUT, [7]) == kv).all()
 
 
-def test_a_flipped_bit_never_arrives(make_end: MakeEnd) -> None:
+def test_a_bit_that_flips_between_copy_and_check_never_arrives(make_end: MakeEnd, protocol: str) -> None:
+    """shm: in the page itself. tcp: on the wire."""
     writer, reader = make_end("writer"), make_end("reader", block_size=32)
     kv = _kv(40)
     _put(writer, LAYOUT, [0, 1, 2], kv)
-    writer.reserve(reader.address, "w:1", 3)
+    with contextlib.ExitStack() as stack:
+        if protocol == "tcp":
+            relay = stack.enter_context(FlippingRelay(reader.address.tcp_port, at_byte=3000))
+            reader.address = msgspec.structs.replace(reader.address, tcp_port=relay.port)
+        writer.reserve(reader.address, "w:1", 3)
+        reader.node.grant(reader.wait(ReserveRequested), [5, 6])
+        writer.wait(GrantReceived)
+        writer.node.push("w:1", [(0, 0), (1, 1), (2, 2)], 0, 3)
+        if protocol == "shm":
+            ends_s = time.monotonic() + 5
+            while not (_get(reader, msgspec.structs.replace(LAYOUT, block_size=32), [5]) == kv[:32]).all():
+                assert time.monotonic() < ends_s, "the push did not land"
+                time.sleep(0.01)
+            reader.region.block(5)[100] ^= 1
+        writer.node.commit("w:1", src_blocks=[0, 1, 2], num_tokens=40, state=b"")
+        assert writer.wait(PushFailed).reason == "checksum"
+        assert reader.wait(BlocksFree).blocks == (5, 6)
+
+
+def test_a_block_that_is_not_the_committed_one_is_replaced(make_end: MakeEnd) -> None:
+    writer, reader = make_end("writer"), make_end("reader", block_size=32)
+    kv = _kv(64)
+    _put(writer, LAYOUT, [0, 1, 2, 3], kv)
+    writer.reserve(reader.address, "w:1", 4)
     reader.node.grant(reader.wait(ReserveRequested), [5, 6])
     writer.wait(GrantReceived)
-    writer.node.push("w:1", [(0, 0), (1, 1), (2, 2)], 0, 3)
-    ends_s = time.monotonic() + 5
-    while not (_get(reader, msgspec.structs.replace(LAYOUT, block_size=32), [5]) == kv[:32]).all():
-        assert time.monotonic() < ends_s, "the push did not land"
-        time.sleep(0.01)
-    reader.region.block(5)[100] ^= 1
-    writer.node.commit("w:1", src_blocks=[0, 1, 2], num_tokens=40, state=b"")
-    assert writer.wait(PushFailed).reason == "checksum"
-    assert reader.wait(BlocksFree).blocks == (5, 6)
+    writer.node.push("w:1", [(0, 0), (9, 1), (2, 2), (8, 3)], 0, 3)
+    writer.node.push("w:1", [(7, 1)], 1, 2)
+    writer.node.commit("w:1", src_blocks=[0, 1, 2, 3], num_tokens=64, state=b"")
+    reader.wait(Arrived)
+    assert (_get(reader, msgspec.structs.replace(LAYOUT, block_size=32), [5, 6]) == kv).all()
 
 
 @pytest.mark.parametrize(

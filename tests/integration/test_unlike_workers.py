@@ -44,6 +44,9 @@ def _kv(pair: EnginePair, role: str) -> torch.Tensor:
 
 def _tokens_alike(pair: EnginePair, num_tokens: int) -> float:
     """Share of the prompts whose tokens are those of the gate."""
+    for half in pair.halves.values():
+        half.tokens.clear()
+        half.finished.clear()
     for k, prompt in enumerate(PROMPTS):
         pair.add(f"r{k}", prompt["prompt_ids"], max_tokens=num_tokens)
     pair.run(lambda: len(pair.decode.finished) + len(pair.prefill.finished) >= len(PROMPTS), timeout_s=120)
@@ -58,8 +61,7 @@ def test_blocks_of_another_size_give_the_same_tokens(tmp_path: Path, protocol: s
         for role in ("prefill", "decode"):
             _kv(pair, role).fill_(float("nan"))
         assert _tokens_alike(pair, 24) == 1.0
-        assert _tokens_alike(pair, 24) == 1.0, "out of the prefix cache"
-        pair.run(lambda: not pair.blocks_in_use())
+        assert _tokens_alike(pair, 16) == 1.0, "out of the prefix cache"
 
 
 def test_choices_share_the_blocks_that_were_made_for_the_receiver(tmp_path: Path) -> None:

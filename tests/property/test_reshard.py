@@ -88,8 +88,9 @@ def test_each_byte_comes_from_its_place_and_the_tail_is_zero(
                 block_bytes = LAYERS * destination.layer_bytes
                 block = region[dst_table[place] * block_bytes :][:block_bytes]
                 runs = share_runs(destination, conversion.share, 0, LAYERS)
-                arriving = bytes(packer.arriving(table, place, num_tokens))
-                assert b"".join(bytes(block[at : at + size]) for at, size in runs) == arriving
+                wire = np.empty(LAYERS * conversion.wire_layer_bytes, dtype=np.uint8)
+                packer.pack(wire, table, place, num_tokens, 0, LAYERS)
+                assert b"".join(bytes(block[at : at + size]) for at, size in runs) == bytes(wire)
 
     for d, region in enumerate(regions):
         destination = _layout(d, num_destinations, dst_size, "float32")
