@@ -18,7 +18,7 @@ from engines.ext.build import build_library
 
 logger = logging.getLogger(__name__)
 
-HEAD_DIMS: Final = frozenset({16, 32, 64, 80, 96, 128})  # as in kernels.cpp
+HEAD_DIMS: Final = frozenset({16, 32, 64, 80, 96, 128})  # as in cpp/attention.h
 _DTYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 # Argument types, as in kernels.cpp. Declared, so that no 64-bit address is cut to an int.
