@@ -98,6 +98,17 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             "recovery. With native linears and kernels that always holds, and costs nothing."
         ),
     ] = False
+    quantization: Annotated[
+        Literal["none", "int8", "int4"],
+        Meta(
+            description="Store weights of linear layers in 8 or 4 bits, rounded when the model is loaded; the head in "
+            "8. Needs native linears. All workers of a model must agree."
+        ),
+    ] = "none"
+    quantization_group: Annotated[
+        Literal["32", "64", "128"],
+        Meta(description="Inputs that share a scale with `int4`. Fewer are more exact and a little slower."),
+    ] = "64"
     itl_slo_ms: Annotated[
         float,
         Meta(

@@ -14,9 +14,9 @@ from configs import RotatingSecrets
 from configs.schema import EngineSettings, Settings, TransferSettings
 from engines.core import EngineCore
 from engines.errors import ContextTooLong, PoolTooSmall
-from engines.factory import build_engine_model, choose_device, choose_dtype
+from engines.factory import build_engine_model, choose_device, choose_dtype, choose_quantization
 from engines.finish import FinishRule
-from engines.kv_layout import compat_of, kv_layout
+from engines.kv_layout import compat_of, kv_layout, weights_form
 from engines.kv_region import KVTensor
 from engines.messages import EngineMessage
 from engines.models.shape import ModelShape
@@ -95,6 +95,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         linear=settings.engine.linear,
         kernels=settings.engine.kernels,
         deterministic=settings.engine.deterministic,
+        quantization=choose_quantization(settings.engine.quantization, settings.engine.quantization_group),
         shard=None if parallel is None else parallel.shard,
     )
     max_model_len = _context(settings.model.max_model_len, model_config)
@@ -116,14 +117,15 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     digest = weights_digest(folder)
     cache = tiers = None
     if settings.kv.enable_prefix_caching:
-        fingerprint = page_fingerprint(digest, model_config, settings.kv.block_size, str(dtype))
+        form = weights_form(settings.engine)
+        fingerprint = page_fingerprint(f"{digest} {form}", model_config, settings.kv.block_size, str(dtype))
         tiers = _tiers(settings, config.node, region.shared, fingerprint)
         cache = PrefixCache(pool, settings.kv.block_size, policy=settings.kv.eviction, tiers=tiers)
     node = KVNode(
         incarnation=config.incarnation,
         region=region.shared,
         secret=RotatingSecrets(settings, config.secret),
-        compat=compat_of(folder, digest),
+        compat=compat_of(folder, digest, weights_form(settings.engine)),
         layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
         protocols=usable_protocols(settings.transfer.protocol),
         run_dir=settings.run_dir,

@@ -10,7 +10,8 @@ import torch
 
 from engines.errors import DeviceUnavailable, UnsupportedModel
 from engines.ext.library import find_kernels
-from engines.linear.choose import choose_linear
+from engines.linear.choose import choose_linear, head_backend
+from engines.linear.native_linear import INT8, Quantization
 from engines.models.config import ModelConfig
 from engines.models.generic import GenericModel
 from engines.models.generic_loader import load_generic
@@ -53,6 +54,11 @@ def choose_dtype(asked: str, device: str) -> torch.dtype:
     return known[asked]
 
 
+def choose_quantization(asked: str, group: str) -> Quantization | None:
+    """The settings `engine.quantization` (none, int8, int4) and `engine.quantization_group`."""
+    return {"none": None, "int8": INT8, "int4": Quantization(bits=4, group=int(group))}[asked]
+
+
 def _has_bfloat16() -> bool:
     flags = torch.backends.cpu.get_cpu_capability()
     return "AVX512" in flags and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -67,12 +73,14 @@ def build_engine_model(
     linear: str = "auto",
     kernels: str = "auto",
     deterministic: bool = False,
+    quantization: Quantization | None = None,
     shard: Shard | None = None,
 ) -> tuple[LlamaModel | GenericModel, ModelShape]:
     """Read config and weights of a model folder. Blocks until all is in memory and in the order its linears want.
 
     Args:
         linear, kernels, deterministic: the settings of section `engine`.
+        quantization: how the linear layers and the head store their weights; norms and the embedding stay as they are.
         shard: build one rank's part. The shape that is returned is that of the whole model.
 
     Raises:
@@ -96,6 +104,12 @@ def build_engine_model(
                 why=f"{folder} runs on transformers' own layers, whose results depend on the batch",
                 hint="Set it to false, or serve a model of the Llama, Qwen or Mistral families.",
             ) from error
+        if quantization is not None:
+            raise DeviceUnavailable(
+                asked=f"engine.quantization=int{quantization.bits}",
+                why=f"{folder} runs on transformers' own layers, which are not quantised",
+                hint="Set it to none, or serve a model of the Llama, Qwen or Mistral families.",
+            ) from error
         return load_generic(folder, dtype=dtype)
     if deterministic and any(config.windows):
         raise DeviceUnavailable(
@@ -111,10 +125,14 @@ def build_engine_model(
         own_config = shard_config(config, shard.num_ranks)
         weights = shard_weights(weights, config, shard.rank, shard.num_ranks)
     found = find_kernels(kernels, dtype=dtype, device=device)
+    layers = choose_linear(
+        linear, dtype=dtype, device=device, kernels=found, deterministic=deterministic, quantization=quantization
+    )
     model = LlamaModel(
         own_config,
         weights,
-        linear=choose_linear(linear, dtype=dtype, device=device, kernels=found, deterministic=deterministic),
+        linear=layers,
+        head=head_backend(layers),
         kernels=found,
         is_deterministic=deterministic,
         shard=shard,

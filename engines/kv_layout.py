@@ -1,6 +1,6 @@
 """What a worker says of its KV when it meets another: what must be equal, and what may differ.
 
-compat    weights and tokenizer: a pair that differs cannot work, and is refused with the values of both
+compat    weights, quantisation and tokenizer: a pair that differs cannot work, and is refused with the values of both
 layout    layers, heads, head size must be equal, too; block size, dtype and head slice are converted
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from configs.schema import Settings
+from configs.schema import EngineSettings, Settings
 from engines.models.shape import ModelShape
 from kvstore.reshard import KVLayout
 
@@ -34,13 +34,20 @@ def kv_layout(config: ModelShape, settings: Settings, dtype: str) -> KVLayout:
     )
 
 
-def compat_of(folder: Path, weights: str) -> str:
+def weights_form(engine: EngineSettings) -> str:
+    """How the engine stores weights: KV made with one form is not what another would have made."""
+    group = f"/{engine.quantization_group}" if engine.quantization == "int4" else ""
+    return f"{engine.quantization}{group}"
+
+
+def compat_of(folder: Path, weights: str, form: str) -> str:
     """Equal on two workers only if tokens of one mean the same to the other.
 
     Args:
         folder: of the model.
         weights: digest over its weights and config.
+        form: `weights_form`.
     """
     path = folder / "tokenizer.json"
     tokenizer = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
-    return f"weights={weights[:_DIGEST_CHARS]} tokenizer={tokenizer[:_DIGEST_CHARS]}"
+    return f"weights={weights[:_DIGEST_CHARS]} quantization={form} tokenizer={tokenizer[:_DIGEST_CHARS]}"

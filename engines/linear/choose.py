@@ -9,7 +9,7 @@ import torch
 from engines.errors import DeviceUnavailable
 from engines.ext.library import Kernels
 from engines.linear.backend import LinearBackend
-from engines.linear.native_linear import NativeBackend
+from engines.linear.native_linear import NativeBackend, Quantization
 from engines.linear.onednn_linear import OnednnBackend
 from engines.linear.torch_linear import TorchBackend
 
@@ -17,13 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 def choose_linear(
-    asked: str, *, dtype: torch.dtype, device: str, kernels: Kernels | None = None, deterministic: bool = False
+    asked: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    kernels: Kernels | None = None,
+    deterministic: bool = False,
+    quantization: Quantization | None = None,
 ) -> LinearBackend:
     """The backend for the setting `engine.linear` (auto, torch, onednn, native). `auto` tries native, onednn, torch.
 
     Raises:
-        DeviceUnavailable: what was asked for by name, or what `deterministic` needs, is not to be had.
+        DeviceUnavailable: what was asked for by name, or what `deterministic` or `quantization` need, is not to be had.
     """
+    if quantization is not None:
+        return _quantized(asked, kernels, quantization)
     why_not_native = _why_not_native(asked, dtype, kernels)
     why_not_onednn = _why_not_onednn(dtype, device) if asked == "onednn" or why_not_native else ""
     if asked in ("auto", "native") and kernels is not None and not why_not_native:
@@ -46,6 +54,33 @@ def choose_linear(
     reasons = [f"native: {why_not_native}"] + ([f"onednn: {why_not_onednn}"] if why_not_onednn else [])
     logger.info("linear layers: %s%s", backend.name, f" ({'; '.join(reasons)})" if asked == "auto" else "")
     return backend
+
+
+def head_backend(layers: LinearBackend) -> LinearBackend:
+    """What makes the head of a model whose layers `layers` makes."""
+    return layers.for_head() if isinstance(layers, NativeBackend) else layers
+
+
+def _quantized(asked: str, kernels: Kernels | None, quantization: Quantization) -> NativeBackend:
+    name = f"engine.quantization=int{quantization.bits}"
+    if asked not in ("auto", "native"):
+        raise DeviceUnavailable(
+            asked=name,
+            why=f"`engine.linear` is {asked}, and only native linear layers are quantised",
+            hint="Set `engine.linear` to auto, or `engine.quantization` to none.",
+        )
+    if kernels is None:
+        raise DeviceUnavailable(
+            asked=name,
+            why="there are no C++ kernels for this device, or `engine.kernels` is torch",
+            hint="Set `engine.quantization` to none, or `engine.kernels` to auto on a CPU with g++.",
+        )
+    logger.info(
+        "linear layers: native, int%d%s; head: int8",
+        quantization.bits,
+        f" in groups of {quantization.group} inputs" if quantization.group else "",
+    )
+    return NativeBackend(kernels, quantization)
 
 
 def _why_not_native(asked: str, dtype: torch.dtype, kernels: Kernels | None) -> str:

@@ -84,6 +84,7 @@ class LlamaModel:
 
     Args:
         linear: makes the linear layers; torch's unless told otherwise.
+        head: makes the head; `linear` unless told otherwise.
         kernels: C++ for norms, SiLU and rotation, and for the attention of whoever runs this model; None is torch.
         is_deterministic: whoever runs this model gives it an attention whose order of summation is the sequence's.
         shard: `config` and `weights` are one rank's part, and this is which.
@@ -95,6 +96,7 @@ class LlamaModel:
         weights: LlamaWeights,
         *,
         linear: LinearBackend | None = None,
+        head: LinearBackend | None = None,
         kernels: Kernels | None = None,
         is_deterministic: bool = False,
         shard: Shard | None = None,
@@ -108,7 +110,7 @@ class LlamaModel:
         self._layers = tuple(_Layer(layer, linear, shard) for layer in weights.layers)
         num_kv_heads, rank = config.num_kv_heads, 0 if shard is None else shard.rank
         self.kv_heads = slice(rank * num_kv_heads, (rank + 1) * num_kv_heads)  # of those in the region
-        self._lm_head: Linear = linear.make(weights.lm_head)
+        self._lm_head: Linear = (head or linear).make(weights.lm_head)
         self._rows: RowOps = TorchRowOps() if kernels is None else NativeRowOps(kernels)
         # All layers in one call, where linears and attention are C++.
         self.stack = NativeStack.of(config, self._layers, kernels)

@@ -38,7 +38,7 @@ def main() -> None:
 def _serve(sock: socket.socket, start: RankStart, region_fd: int) -> None:
     import torch  # after the affinity is set
 
-    from engines.factory import build_engine_model, choose_device, choose_dtype
+    from engines.factory import build_engine_model, choose_device, choose_dtype, choose_quantization
     from engines.kv_region import KVTensor
     from engines.models.llama import LlamaModel
     from engines.models.source import resolve_model
@@ -61,6 +61,7 @@ def _serve(sock: socket.socket, start: RankStart, region_fd: int) -> None:
         linear=settings.engine.linear,
         kernels=settings.engine.kernels,
         deterministic=settings.engine.deterministic,
+        quantization=choose_quantization(settings.engine.quantization, settings.engine.quantization_group),
         shard=Shard(start.rank, start.num_ranks, group.sum),
     )
     assert isinstance(model, LlamaModel)

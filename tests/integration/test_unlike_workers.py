@@ -171,3 +171,25 @@ def test_another_model_is_named_at_join_time_with_both_digests(
         pair.run(lambda: "d failed (incompatible)" in caplog.text)
         ours, theirs = (half.engine.address.compat for half in (pair.prefill, pair.decode))
         assert f"writer has {ours}, receiver {theirs}" in caplog.text
+
+
+def test_another_quantisation_is_named_at_join_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with _engines(tmp_path, "tcp", {"engine.quantization": "int8"}, {"engine.quantization": "int4"}) as pair:
+        pair.prefill.engine.core.handle(Peers([pair.target]))
+        pair.run(lambda: "d failed (incompatible)" in caplog.text)
+        assert "quantization=int8 " in caplog.text and "quantization=int4/64 " in caplog.text
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_workers_give_a_prompt_the_same_tokens_alone_and_among_others(
+    tmp_path: Path, quantization: str
+) -> None:
+    with _engines(
+        tmp_path, "shm", flags := {"engine.quantization": quantization, "model.dtype": "bfloat16"}, flags
+    ) as pair:
+        _tokens_alike(pair, 24)
+        together = [pair.output(f"r{k}") for k in range(len(PROMPTS))]
+        for k in range(0, len(PROMPTS), 8):
+            pair.add(f"alone{k}", PROMPTS[k]["prompt_ids"], max_tokens=24)
+            pair.run(lambda k=k: any((f"alone{k}", 0) in half.finished for half in (pair.prefill, pair.decode)))  # type: ignore[misc]
+            assert pair.output(f"alone{k}") == together[k]

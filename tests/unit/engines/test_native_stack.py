@@ -11,10 +11,12 @@ from torch import Tensor
 from engines.attention.backend import AttentionMetadata, AttentionRow
 from engines.attention.native_backend import NativeAttention
 from engines.factory import build_engine_model
+from engines.linear.native_linear import INT8, Quantization
 from engines.models.llama import LlamaModel
 from tests.checkpoints import FAMILIES, make_checkpoint
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 64
+INT4 = Quantization(bits=4, group=32)
 
 
 def run(model: LlamaModel, reported: list[tuple[int, int]], *, group: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +42,10 @@ def run(model: LlamaModel, reported: list[tuple[int, int]], *, group: int) -> tu
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_one_call_equals_the_parts(tmp_path: Path, family: str, dtype: torch.dtype, num_threads: int) -> None:
+@pytest.mark.parametrize(("num_threads", "quantization"), [(1, None), (2, None), (1, INT8), (2, INT4)])
+def test_one_call_equals_the_parts(
+    tmp_path: Path, family: str, dtype: torch.dtype, num_threads: int, quantization: Quantization | None
+) -> None:
     # Hidden rows of 1 KiB in float32: there the room between rows is padded.
     folder = make_checkpoint(tmp_path, family, hidden_size=256, intermediate_size=160)
     torch.set_num_threads(num_threads)
@@ -49,7 +53,9 @@ def test_one_call_equals_the_parts(tmp_path: Path, family: str, dtype: torch.dty
     reports_of_parts: list[tuple[int, int]] = []
     try:
         with torch.inference_mode():
-            model, _ = build_engine_model(folder, dtype=dtype, linear="native", kernels="native")
+            model, _ = build_engine_model(
+                folder, dtype=dtype, linear="native", kernels="native", quantization=quantization
+            )
             assert isinstance(model, LlamaModel)
             assert model.stack is not None
             logits, kv = run(model, reports, group=2)
