@@ -58,7 +58,8 @@ class _Result:
     "rivals",
     multiple=True,
     type=click.Choice(list(RIVALS)),
-    help="Run the same cases on this program; may be repeated. vllm and llama.cpp get a venv of their own.",
+    help="Run the same cases on this program; may be repeated. vllm and llama.cpp get a venv of their own; "
+    "int8 and int4 are our engine with quantised weights.",
 )
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="Model shapes; else all.")
 @click.option(

@@ -17,7 +17,8 @@ from benchmarks.engine_program import Program
 from benchmarks.engine_progress import RoundClock
 from benchmarks.engine_rivals import Say
 from benchmarks.engine_shapes import SHAPES, Shape
-from benchmarks.engine_speed import SpeedSpec, model_folder, solo_program, turned
+from benchmarks.engine_solo import solo_program
+from benchmarks.engine_speed import SpeedSpec, model_folder, turned
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 COST_GOAL: Final = 1.03  # at or below it, determinism would be the default

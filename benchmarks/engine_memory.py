@@ -22,7 +22,7 @@ from benchmarks.engine_program import Program
 from benchmarks.engine_progress import RoundClock
 from benchmarks.engine_rivals import Say
 from benchmarks.engine_shapes import BYTES_OF, SHAPES, Shape, write_checkpoint
-from benchmarks.engine_speed import solo_program
+from benchmarks.engine_solo import solo_program
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 CHUNK_TOKENS: Final = 2048

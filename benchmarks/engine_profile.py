@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from benchmarks.engine_cases import Case
 from benchmarks.engine_shapes import SHAPES, Shape
-from benchmarks.engine_speed import SpeedSpec, model_folder, solo_program
+from benchmarks.engine_solo import solo_program
+from benchmarks.engine_speed import SpeedSpec, model_folder
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 PARTS: Final = {

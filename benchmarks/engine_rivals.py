@@ -1,4 +1,4 @@
-"""The programs that `celeriac bench engine --compare` knows, by name. One file each."""
+"""The programs that `celeriac bench engine --compare` knows, by name: other engines, and our own with other weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 
 from benchmarks import engine_llama_cpp, engine_transformers, engine_vllm
 from benchmarks.engine_program import Program
+from benchmarks.engine_solo import quantized_program
 
 Say = Callable[[str], None]
 MakeRival = Callable[[Path, Sequence[int], str], Program]  # model folder, cores, dtype
@@ -38,9 +39,19 @@ def _llama_cpp(options: RivalOptions, say: Say) -> MakeRival:
     return functools.partial(engine_llama_cpp.llama_cpp_program, python)
 
 
+def _int8(_: RivalOptions, __: Say) -> MakeRival:
+    return functools.partial(quantized_program, "int8")
+
+
+def _int4(_: RivalOptions, __: Say) -> MakeRival:
+    return functools.partial(quantized_program, "int4")
+
+
 # Each makes what it needs (a venv) and gives the function that starts it on a model; raises ProgramFailed.
 RIVALS: Final[dict[str, Callable[[RivalOptions, Say], MakeRival]]] = {
     engine_vllm.NAME: _vllm,
     engine_transformers.NAME: _transformers,
     engine_llama_cpp.NAME: _llama_cpp,
+    "int8": _int8,
+    "int4": _int4,
 }

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from benchmarks.engine_program import ROOT, Program
 from benchmarks.engine_shapes import SHAPES, Shape
-from benchmarks.engine_speed import model_folder, solo_program
+from benchmarks.engine_solo import solo_program
+from benchmarks.engine_speed import model_folder
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
 NUM_PROMPTS: Final = 6

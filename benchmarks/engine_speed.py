@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_cases import CASES, MAX_NUM_BATCHED_TOKENS, Case, Roof
-from benchmarks.engine_program import JOB_TIMEOUT_S, ROOT, Program
+from benchmarks.engine_cases import CASES, Case, Roof
+from benchmarks.engine_program import ROOT, Program
 from benchmarks.engine_progress import RoundClock
 from benchmarks.engine_rivals import MakeRival, Say
 from benchmarks.engine_shapes import SHAPES, Shape, write_checkpoint
+from benchmarks.engine_solo import OURS, solo_program
 from benchmarks.errors import TooFewCores
 from benchmarks.stats import Ratio, paired_ratio, percentile
 
-OURS = "celeriac"
 BANDWIDTH_GOAL = 0.75  # of decode at batch 1
 GOALS_ARE_VS = "vllm"
 
@@ -98,18 +98,6 @@ def model_folder(shape: Shape, say: Say) -> Iterator[Path]:
         say(f"{shape.name}: writing random weights")
         write_checkpoint(shape, Path(folder))
         yield Path(folder)
-
-
-def solo_program(model: Path, cpus: Sequence[int], dtype: str, *, env: dict[str, str] | None = None) -> Program:
-    """One engine with `cpus`, fed by `engines.solo`. `env`: more variables."""
-    argv = [sys.executable, "-m", "engines.solo", "--jobs", "--cpus", ",".join(map(str, cpus))]
-    argv += ["--timeout-s", str(JOB_TIMEOUT_S)]
-    settings = {
-        "CELERIAC_MODEL__PATH": str(model),
-        "CELERIAC_MODEL__DTYPE": dtype,
-        "CELERIAC_DECODE__MAX_NUM_BATCHED_TOKENS": str(MAX_NUM_BATCHED_TOKENS),
-    }
-    return Program(OURS, argv, env={**settings, **(env or {})})
 
 
 def _rates_program(spec: SpeedSpec) -> Program:

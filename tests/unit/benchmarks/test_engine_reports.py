@@ -101,4 +101,4 @@ def test_a_shape_without_a_difference_has_no_place_of_it() -> None:
 
 
 def test_rivals_are_known_by_name() -> None:
-    assert list(RIVALS) == ["vllm", "transformers", "llama.cpp"]
+    assert list(RIVALS) == ["vllm", "transformers", "llama.cpp", "int8", "int4"]
