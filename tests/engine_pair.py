@@ -10,7 +10,19 @@ from pathlib import Path
 
 import configs
 from engines.build import Engine, build_engine
-from engines.messages import Add, Arrived, EngineMessage, Kept, Lease, PrefixHint, Promote, Target, TokenOut, Tokens
+from engines.messages import (
+    Add,
+    Arrived,
+    Drop,
+    EngineMessage,
+    Kept,
+    Lease,
+    PrefixHint,
+    Promote,
+    Target,
+    TokenOut,
+    Tokens,
+)
 from engines.params import SamplingParams
 from engines.process import EngineConfig
 
@@ -66,6 +78,7 @@ class EnginePair:
         self.prefill, self.decode = self.halves["prefill"], self.halves["decode"]
         self.target = Target("d", self.decode.engine.address)
         self.on_arrived: Callable[[Arrived], bool] = lambda _: True
+        self._handed: set[str] = set()  # a link that was lost before HANDED came brings its request again
         self.kept: list[tuple[bytes, int]] = []  # what the prefill engines said that they keep
         self._lease_s = 0.0
 
@@ -101,6 +114,7 @@ class EnginePair:
         **params: object,
     ) -> None:
         sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **params})  # type: ignore[arg-type]
+        self._handed.discard(rid)
         self.halves[to].engine.core.handle(
             Add(
                 rid=rid,
@@ -133,11 +147,16 @@ class EnginePair:
                 half.engine.core.handle_kv(event)
             half.engine.core.step()
         for name, half in self.halves.items():
-            if name != "decode":
+            if name.startswith("prefill"):
                 self.kept += [mark for said in half.take() if isinstance(said, Kept) for mark in said.marks]
         for message in self.decode.take():
-            if isinstance(message, Arrived) and self.on_arrived(message):
-                self.decode.engine.core.handle(Promote(message.rid, message.xfer, message.epoch + 1, "d.1"))
+            if not isinstance(message, Arrived) or not self.on_arrived(message):
+                continue
+            if message.rid in self._handed:  # as `handoff` would say: it is decoded here already
+                self.decode.engine.core.handle(Drop(message.rid, message.xfer))
+                continue
+            self._handed.add(message.rid)
+            self.decode.engine.core.handle(Promote(message.rid, message.xfer, message.epoch + 1, "d.1"))
         select.select([half.engine.node.wake_fd for half in self.halves.values()], [], [], 0.001)
 
     def output(self, rid: str, c: int = 0) -> list[int]:
