@@ -50,4 +50,6 @@ def compat_of(folder: Path, weights: str, form: str) -> str:
     """
     path = folder / "tokenizer.json"
     tokenizer = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
-    return f"weights={weights[:_DIGEST_CHARS]} quantization={form} tokenizer={tokenizer[:_DIGEST_CHARS]}"
+    # Short: both sides' texts stand in one message of the handshake.
+    quantization = "" if form == "none" else f" quantization={form}"
+    return f"weights={weights[:_DIGEST_CHARS]}{quantization} tokenizer={tokenizer[:_DIGEST_CHARS]}"
