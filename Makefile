@@ -2,6 +2,7 @@
 # make test    all tests                                                make test ARGS="tests/unit -k configs"
 # make test-gate  the exactness gate over every combination of its axes, about an hour
 # make test-rdma  KV over RDMA verbs in an emulated machine with soft-RoCE, some minutes; skipped without qemu
+# make test-thousand  1,000 prompts over every transport, cache and layout against one engine that does both
 # make check   lint, types, imports, generated docs
 # make fuzz   what a KV peer may send: 1,000,000 executions              make fuzz FUZZ="--seconds 30"
 # make faults 10,000 injected faults over real KV nodes                 make faults FAULTS="--faults 500 --seed 7"
@@ -15,7 +16,7 @@ FUZZ ?= --runs 1000000
 FAULTS ?= --faults 10000 --seed 1
 BIN := .venv/bin
 
-.PHONY: setup up test test-gate test-rdma check docs fuzz faults test-netns bench clean
+.PHONY: setup up test test-gate test-rdma test-thousand check docs fuzz faults test-netns bench clean
 
 setup:
 	@sh .ci/setup
@@ -47,6 +48,9 @@ fuzz: setup
 
 faults: setup
 	$(BIN)/python -m tests.faults $(FAULTS)
+
+test-thousand: setup
+	$(BIN)/python -m tests.thousand
 
 test-netns: setup
 	$(BIN)/python -m pytest -q tests/netns $(ARGS)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import configs
 from engines.build import Engine, build_engine
@@ -110,6 +111,7 @@ class EnginePair:
         choices: list[list[int]] | None = None,
         *,
         to: str = "prefill",
+        mode: Literal["push", "local"] = "push",
         prefix: PrefixHint | None = None,
         **params: object,
     ) -> None:
@@ -120,7 +122,7 @@ class EnginePair:
                 rid=rid,
                 epoch=2,
                 token=f"p.{rid}",
-                mode="push",
+                mode=mode,
                 prompt_ids=prompt_ids,
                 choices=choices or [[] for _ in range(sampling.n)],
                 params=sampling,

@@ -1,0 +1,1 @@
+"""Disaggregated output equals monolithic output, over many prompts and every way that KV can take."""
