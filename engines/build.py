@@ -18,11 +18,12 @@ from engines.factory import build_engine_model, choose_device, choose_dtype, cho
 from engines.finish import FinishRule
 from engines.kv_layout import compat_of, kv_layout, weights_form
 from engines.kv_region import KVTensor
-from engines.messages import EngineMessage
+from engines.messages import EngineMessage, Repeatability
 from engines.models.shape import ModelShape
 from engines.models.source import resolve_model, weights_digest
 from engines.prefix_share import PrefixSharing
 from engines.process import EngineConfig
+from engines.repeatability import repeatability_of
 from engines.runner import ModelRunner
 from engines.scheduler import DecodeScheduler, PrefillScheduler
 from engines.scheduler.control import StepControl
@@ -59,6 +60,7 @@ class Engine:
     device: str
     num_threads: int
     timer: StepTimer
+    repeatability: Repeatability
     tiers: TieredStore | None = None
     parallel: ParallelEngine | None = None
 
@@ -203,6 +205,7 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         str(device),
         torch.get_num_threads(),
         timer,
+        repeatability_of(model, num_ranks=role.tensor_parallel_size, compression=settings.transfer.compression),
         tiers,
         parallel,
     )

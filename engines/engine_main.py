@@ -110,6 +110,7 @@ def main() -> None:
             visible_device=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             num_threads=engine.num_threads,
             load_s=time.monotonic() - started_s,
+            repeatability=engine.repeatability,
         )
     )
     with contextlib.suppress(EOFError, ConnectionError):

@@ -121,6 +121,9 @@ FrontMessage = Add | Promote | Owner | Drop | Stop | Peers | Lease | Shutdown
 
 
 # ---------------------------------------------------------------- engine -> front
+Repeatability = Literal["exact", "best-effort"]  # tokens depend on nothing but the request; or they may
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """The engine is up: weights loaded, region allocated, KV node listening."""
 
@@ -134,6 +137,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     visible_device: str
     num_threads: int
     load_s: float
+    repeatability: Repeatability = "best-effort"
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):

@@ -194,6 +194,8 @@ class Publisher:
                         role=role,
                         model="tiny-chat",
                         address=address,
+                        dtype="float32",
+                        repeatability="exact",
                         blocks=blocks,
                     )
                 )

@@ -126,8 +126,9 @@ class Gateway:
         """
         if self.clock() - self._workers_at_s >= WORKERS_EVERY_S:
             try:
-                if self.store.workers():
+                if beats := self.store.workers():
                     self.admission.worker_seen()
+                    self.model = self.model.as_served_by(beats)
             except KVStoreError:
                 self.admission.worker_seen()  # unknown is no reason to refuse
             # Only now: calls that come meanwhile look, too, or a burst after an idle time would be refused.

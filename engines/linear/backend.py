@@ -21,6 +21,7 @@ class LinearBackend(Protocol):
     """Makes `Linear`s. `name` is what the log and the settings call it."""
 
     name: str
+    is_batch_invariant: bool  # the bits of a row depend on nothing but the row
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A layer for `weight` `[out_features, in_features]`, which it may keep or copy in an order of its own."""

@@ -115,6 +115,7 @@ class NativeBackend:
     """See `LinearBackend`. `quantization`: of every weight it is given; biases and products stay as they are."""
 
     name = "native"
+    is_batch_invariant = True
 
     def __init__(self, kernels: Kernels, quantization: Quantization | None = None) -> None:
         self._kernels = kernels

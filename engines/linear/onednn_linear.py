@@ -57,6 +57,7 @@ class OnednnBackend:
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic
+        self.is_batch_invariant = deterministic
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         linear = OnednnLinear(weight, bias)

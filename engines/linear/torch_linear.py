@@ -26,6 +26,7 @@ class TorchBackend:
     """See `LinearBackend`."""
 
     name = "torch"
+    is_batch_invariant = False
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TorchLinear(weight, bias)

@@ -105,6 +105,7 @@ class LlamaModel:
         self.config = config
         self.kernels = kernels
         self.is_deterministic = is_deterministic
+        self.is_batch_invariant = linear.is_batch_invariant
         self._embed = weights.embed
         self._norm = weights.norm
         self._layers = tuple(_Layer(layer, linear, shard) for layer in weights.layers)

@@ -78,6 +78,8 @@ class Registry:
             model=ctx.model,
             address=ready.address,
             compat=ready.address.compat,
+            dtype=ready.dtype,
+            repeatability=ready.repeatability,
             num_blocks=ready.num_blocks,
             free_blocks=blocks.get("free", ready.num_blocks),
             live=sum(len(request.choices) for request in ctx.live.values()),

@@ -51,7 +51,7 @@ def test_chat_answers_whole_with_usage_and_fingerprint(client: openai.OpenAI, pu
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == len(publisher.reply_ids)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
-    assert answer.system_fingerprint.startswith("fp_")
+    assert answer.system_fingerprint.startswith("fp_") and answer.system_fingerprint.endswith("-exact")
 
 
 def test_streamed_text_usage_and_ends_equal_the_whole_answer(client: openai.OpenAI) -> None:

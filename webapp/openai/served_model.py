@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engines.models.context import context_length
 from engines.models.source import resolve_model
 from engines.structured.checker import ConstraintChecker
 from engines.tokenizer import Tokenizer
+from kvstore.state.records import WorkerBeat
 from webapp.errors import ApiError, InvalidRequest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(/[A-Za-z0-9][A-Za-z0-9._:@-]*)*")
@@ -26,10 +28,28 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     max_model_len: int
-    fingerprint: str
+    identity: str
     longest_token_bytes: int
     constraints: ConstraintChecker
     created: int = field(default_factory=lambda: int(time.time()))
+    workers: str = ""
+    repeatability: str = "best-effort"
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint`: a digest of model, version and what its workers compute with, and a word.
+
+        `exact`: the same request gets the same tokens in any batch and after a recovery. Else `best-effort`.
+        """
+        digest = hashlib.sha256(f"{self.identity}|{self.workers}".encode()).hexdigest()[:12]
+        return f"fp_{digest}-{self.repeatability}"
+
+    def as_served_by(self, beats: Sequence[WorkerBeat]) -> ServedModel:
+        """The same with what its live workers say. Exact only if all of them are, and compute alike."""
+        own = [beat for beat in beats if beat.model == self.name]
+        words = sorted({f"{beat.dtype} {beat.compat}" for beat in own})
+        is_exact = len(words) == 1 and all(beat.repeatability == "exact" for beat in own)
+        return replace(self, workers="|".join(words), repeatability="exact" if is_exact else "best-effort")
 
     def card(self) -> dict[str, Any]:
         """The object of `/v1/models`."""
@@ -90,7 +110,7 @@ def load_served_model(settings: ModelSettings, *, version: str) -> ServedModel:
         name=settings.name,
         tokenizer=tokenizer,
         max_model_len=settings.max_model_len or context_length(folder),
-        fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12],
+        identity=identity,
         longest_token_bytes=max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)),
         constraints=ConstraintChecker(folder / "tokenizer.json", tokenizer.vocab_size, tokenizer.eos_token_ids),
     )

@@ -6,6 +6,8 @@ import threading
 from typing import Any
 
 from configs.schema import ModelSettings, Settings
+from kvstore.address import KVAddress
+from kvstore.state.records import WorkerBeat
 from kvstore.state.store import StateStore
 from tests.gateway_harness import TINY_CHAT
 from webapp.errors import Overloaded
@@ -22,7 +24,8 @@ class _SlowStore(StateStore):
 
     def workers(self, *_: Any, **__: Any) -> Any:
         self.both_ask.wait(5)
-        return ["a worker"]
+        address = KVAddress(incarnation="d0-1", host_id="here")
+        return [WorkerBeat(incarnation="d0-1", node="d0@here", role="decode", model="tiny-chat", address=address)]
 
 
 class _NoSender:
