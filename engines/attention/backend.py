@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionRow:
+class AttentionRow(msgspec.Struct, frozen=True):
     """One sequence's part of the packed batch: queries at positions [start, start + num_new_tokens).
 
     `block_table[i]` holds the KV of positions [i * block_size, (i + 1) * block_size); it may be longer than needed.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from engines.params import SamplingParams
 
@@ -11,9 +12,12 @@ if TYPE_CHECKING:
     from engines.structured.state import GrammarState
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """`index` is the position among the output ids that the token will have; `output_ids` are those before it."""
+class SamplingRow(msgspec.Struct, frozen=True):
+    """`index` is the position among the output ids that the token will have; `output_ids` are those before it.
+
+    A struct, as `ScheduledSequence` and `AttentionRow` are: one is made per sequence and step, and making a frozen
+    dataclass takes four times as long.
+    """
 
     params: SamplingParams
     seed: int

@@ -9,8 +9,9 @@ A sequence is thus left as plain decoding would have left it after as many token
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Protocol
+
+import msgspec
 
 from engines.scheduler.plan import ScheduledSequence
 from engines.scheduler.sequence_blocks import SequenceBlocks
@@ -56,7 +57,7 @@ class Drafts:
             draft = draft[: self._blocks.stretch(sequence, len(draft), watermark_blocks=self._watermark_blocks)]
             if draft:
                 self._table_sizes[seq_id] = table_size
-                items[seq_id] = replace(item, num_new_tokens=1 + len(draft), draft=tuple(draft))
+                items[seq_id] = msgspec.structs.replace(item, num_new_tokens=1 + len(draft), draft=tuple(draft))
                 num_tokens_left -= len(draft)
 
     def settle(self, item: ScheduledSequence, num_sampled: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from engines.sequence import Sequence
 from engines.swap.swapped import BlockCopy
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True):
     """Compute tokens [start, start + num_new_tokens) of `sequence`; sample if that reaches its last token.
 
     Attributes:

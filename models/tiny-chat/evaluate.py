@@ -3,6 +3,7 @@
 
     python evaluate.py --n 50               # prints a table
     python evaluate.py --prompts            # checks prompts.jsonl again, token by token
+    python evaluate.py --quantization int8  # the same with weights rounded as `engine.quantization` rounds them
 
 The conversations come from `corpus` with a seed that training does not use. Sums and differences use number pairs that
 never occur in training; facts (capitals, definitions, opposites, ...) are the same as in training.
@@ -10,7 +11,9 @@ never occur in training; facts (capitals, definitions, opposites, ...) are the s
 
 import argparse
 import json
+import math
 import random
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -121,6 +124,21 @@ def load(folder):
     return AutoTokenizer.from_pretrained(folder), model
 
 
+def round_weights(model, bits, group):
+    """Give the linear layers the weights that the engine has with `engine.quantization`, and the head those of int8."""
+    sys.path.insert(0, str(FOLDER.parents[1]))
+    from engines.linear.quantize import quantize
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            is_head = name == "lm_head"
+            num_in = module.weight.shape[1]
+            width = num_in if is_head or bits == 8 else group
+            numbers, scales = quantize(module.weight.data, bits=8 if is_head else bits, group=width)
+            rounded = numbers.float() * scales.repeat_interleave(width, dim=1)[:, :num_in]
+            module.weight = torch.nn.Parameter(rounded)  # the embedding, tied to the head, keeps its own
+
+
 def prompt_ids(tokenizer, messages, tools):
     return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
 
@@ -142,6 +160,19 @@ def answer(tokenizer, model, messages, tools):
     return text, len(ids), len(output), ended
 
 
+@torch.inference_mode()
+def loss_of(tokenizer, model, messages, tools, want):
+    """Of the wanted answer and its end: sum of -log p, number of tokens, whether greedy decoding gives just them.
+
+    Last comes the number of prompt tokens.
+    """
+    ids = prompt_ids(tokenizer, messages, tools)
+    wanted = [*tokenizer(want, add_special_tokens=False)["input_ids"], model.generation_config.eos_token_id[0]]
+    logits = model(torch.tensor([ids + wanted])).logits[0, len(ids) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted), reduction="sum")
+    return loss.item(), len(wanted), logits.argmax(-1).tolist() == wanted, len(ids)
+
+
 def check_prompts(tokenizer, model, path):
     """Whether every line of prompts.jsonl still has its prompt and completion ids."""
     prompts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -156,14 +187,24 @@ def check_prompts(tokenizer, model, path):
     print(f"{num_right} of {len(prompts)} prompts give the expected tokens")
 
 
-def run_test(reply, name, num_tries, args):
-    """Print the table's row of one test, and before it up to `args.show` wrong answers."""
+def run_test(reply, loss, name, num_tries, args):
+    """Print the table's row of one test, and before it up to `args.show` wrong answers.
+
+    Returns the numbers of right answers and of tries, the sum of losses and the number of tokens they are over.
+    """
     make, is_right = TESTS[name]
     rng = random.Random(f"{args.seed} {name}")
     num_right = num_prompt = num_output = num_ended = num_shown = 0
+    total_loss = num_wanted = 0
     for _ in range(num_tries):
         messages, tools, want = make(rng)
-        text, prompt_tokens, output_tokens, ended = reply(messages, tools)
+        lost, num_lost, is_greedy, prompt_tokens = loss(messages, tools, want)
+        total_loss, num_wanted = total_loss + lost, num_wanted + num_lost
+        if args.forced:
+            num_right, num_ended = num_right + is_greedy, num_ended + is_greedy
+            num_prompt, num_output = num_prompt + prompt_tokens, num_output + num_lost
+            continue
+        text, _, output_tokens, ended = reply(messages, tools)
         right = ended and is_right(text, want)
         num_right, num_ended = num_right + right, num_ended + ended
         num_prompt, num_output = num_prompt + prompt_tokens, num_output + output_tokens
@@ -176,6 +217,7 @@ def run_test(reply, name, num_tries, args):
         f"| {num_output / num_tries:.0f} | {100 * num_ended / num_tries:.0f} % |",
         flush=True,
     )
+    return num_right, num_tries, total_loss, num_wanted
 
 
 def main():
@@ -187,19 +229,38 @@ def main():
     parser.add_argument("--only", default="", help="run the tests whose name contains this")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per skill")
     parser.add_argument("--prompts", action="store_true", help="only check prompts.jsonl")
+    parser.add_argument("--no-slow", action="store_true", help="leave out tests with answers of hundreds of tokens")
+    parser.add_argument(
+        "--forced",
+        action="store_true",
+        help="generate nothing: correct is an answer whose every token has the largest logit behind those before it",
+    )
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="inputs per scale of int4")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer, model = load(args.model)
+    if args.quantization != "none":
+        round_weights(model, int(args.quantization.removeprefix("int")), args.group)
     if args.prompts:
         check_prompts(tokenizer, model, args.model / "prompts.jsonl")
         return
     print("| skill | correct | prompt tokens | answer tokens | ends by itself |\n|---|---|---|---|---|")
     start_s = time.monotonic()
+    totals = [0, 0, 0, 0]
     for name in TESTS:
-        if args.only in name:
+        if args.only in name and not (args.no_slow and name in SLOW_TESTS):
             num_tries = min(args.n, MAX_SLOW_TRIES) if name in SLOW_TESTS else args.n
-            run_test(partial(answer, tokenizer, model), name, num_tries, args)
+            counted = run_test(
+                partial(answer, tokenizer, model), partial(loss_of, tokenizer, model), name, num_tries, args
+            )
+            totals = [total + count for total, count in zip(totals, counted, strict=True)]
+    num_right, num_tries, loss, num_wanted = totals
+    perplexity = math.exp(loss / max(1, num_wanted))
+    print(
+        f"\n{num_right} of {num_tries} correct; perplexity of the wanted answers {perplexity:.4f} ({num_wanted} tokens)"
+    )
     print(f"\n{time.monotonic() - start_s:.0f} s")
 
 
