@@ -127,8 +127,10 @@ class _Child:
     def _read(self, num_bytes: int, end_s: float) -> bytes | None:
         assert self._process.stdout is not None
         parts = b""
+        poller = select.poll()  # a gateway has more descriptors than `select` can name
+        poller.register(self._process.stdout, select.POLLIN)
         while len(parts) < num_bytes:
-            if not select.select([self._process.stdout], [], [], max(0.0, end_s - time.monotonic()))[0]:
+            if not poller.poll(max(0.0, end_s - time.monotonic()) * 1e3):
                 return None
             part = self._process.stdout.read(num_bytes - len(parts))
             if not part:

@@ -29,6 +29,7 @@ def test_a_suspended_engine_sleeps_until_its_lease_comes(pair: EnginePair) -> No
     pair.run(lambda: len(pair.decode.tokens.get(("r", 0), {})) > 3)
     core, clock = pair.decode.engine.core, VirtualClock(pair.decode.engine.core._clock())
     core._clock = clock
+    core.handle(Lease())
 
     clock.advance(SUSPEND_AFTER_S - 0.1)
     assert core.step(), "a short outage does not stop it"
