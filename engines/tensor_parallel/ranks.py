@@ -129,6 +129,8 @@ class RankProcesses:
         env = dict(os.environ)
         if start.cpus:
             env["OMP_NUM_THREADS"] = str(len(start.cpus))
+        if len(start.cpus) < 2:
+            env.pop("GOMP_SPINCOUNT", None)
         process = subprocess.Popen(
             [sys.executable, "-m", "engines.tensor_parallel.rank_main", str(theirs.fileno()), str(os.getpid())],
             pass_fds=(theirs.fileno(),),
