@@ -15,6 +15,7 @@ from tests.engine_pair import EnginePair
 NUM_TOKENS = 24
 BATCH = 48  # requests at a time
 SMALL = {"model.max_model_len": "512", "kv.num_blocks": "64", "kv.host_cache_bytes": "64MiB"}
+ROOMY = {"kv.num_blocks": "256"}  # decode workers: with few blocks there the prompts only wait
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ WAYS = (
     Way("shm", "shm"),
     Way("tcp", "tcp"),
     Way("rdma", "rdma"),
-    Way("shm, write-back, fetching, tiers, few blocks", "shm", flags=SMALL, is_shared=True),
-    Way("tcp, write-back, fetching, tiers, few blocks", "tcp", flags=SMALL, is_shared=True),
-    Way("rdma, write-back, fetching, tiers, few blocks", "rdma", flags=SMALL, is_shared=True),
+    Way("shm, write-back, fetching, tiers, few blocks", "shm", flags=SMALL, decode_flags=ROOMY, is_shared=True),
+    Way("tcp, write-back, fetching, tiers, few blocks", "tcp", flags=SMALL, decode_flags=ROOMY, is_shared=True),
+    Way("rdma, write-back, fetching, tiers, few blocks", "rdma", flags=SMALL, decode_flags=ROOMY, is_shared=True),
     Way(
         "1 rank to 2, write-back, fetching, tiers, few blocks",
         "shm",
         flags=SMALL,
-        decode_flags={"decode.tensor_parallel_size": "2"},
+        decode_flags={**ROOMY, "decode.tensor_parallel_size": "2"},
         is_shared=True,
     ),
     Way("2 ranks to 1", "tcp", flags={"prefill.tensor_parallel_size": "2"}),
