@@ -6,7 +6,6 @@ Threads: `engine` (the main thread: messages, decisions, forward passes) and `kv
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -18,12 +17,12 @@ import msgspec
 
 from engines.core import EngineCore
 from engines.messages import EngineMessage, FrameReader, Ready, Shutdown, decode_front, frame
+from engines.parent import end_with
 from engines.process import SOCKET_BUFFER_BYTES, EngineConfig
 from engines.step_timer import OFF, StepTimer
 from kvstore import transport as kv
 from kvstore.clock import now_s
 
-PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 20
 
 
@@ -85,9 +84,7 @@ def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore, timer: StepTime
 
 def main() -> None:
     sock_fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
+    end_with(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's business: it drains first
     link = FrontLink(socket.socket(fileno=sock_fd))
     config = link.read_config()

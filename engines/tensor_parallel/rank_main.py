@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -12,16 +11,13 @@ from pathlib import Path
 
 import msgspec
 
+from engines.parent import end_with
 from engines.tensor_parallel.step_message import LENGTH, RankStart, RankStep, read_exactly, read_frame
-
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     sock_fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
+    end_with(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock = socket.socket(fileno=sock_fd)
     header, fds, _, _ = socket.recv_fds(sock, LENGTH.size, 1)
