@@ -1,8 +1,12 @@
-"""The KV memory of one engine as a tensor over a shared region, which the KV transport reads and writes as bytes.
+"""The KV memory of one engine as a tensor, and the shared region that the KV transport reads and writes as bytes.
 
     kv[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]      (2: keys, values)
 
 Block-major, so a block is one contiguous run of bytes and so is a group of its layers; this is also the wire layout.
+
+    on a CPU         kv is a view of the shared region: block i of one is block i of the other
+    on a GPU, or     kv is memory of the engine alone; the shared region is a bounce region of fewer blocks of the same
+    bounced          form, its slots, and `engines.device_kv` copies between the two
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from engines.device_kv.pinned import pin
 from engines.models.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class KVTensor:
-    """Owned by the engine thread. `kv` may be any tensor of the layout; `shared` is the region beneath it, if any."""
+    """Owned by the engine thread. `kv` may be any tensor of the layout; `shared`: the region that peers see."""
 
     def __init__(self, kv: Tensor, shared: KVRegion | None = None) -> None:
         self.kv = kv
@@ -31,13 +36,38 @@ class KVTensor:
         return config.num_layers * 2 * config.kv_size * block_size * dtype.itemsize
 
     @classmethod
-    def create(cls, config: ModelShape, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVTensor:
-        """Allocate a shared region (a memfd) and see it as a tensor."""
+    def create(
+        cls,
+        config: ModelShape,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        num_slots: int = 0,
+    ) -> KVTensor:
+        """Allocate the KV of an engine, zeroed, and a shared region (a memfd).
+
+        Args:
+            device: where `kv` lies.
+            num_slots: blocks of the shared region, if `kv` is memory apart from it. 0: `kv` is a view of it, which only
+                a CPU can have.
+
+        Raises:
+            RegionError: there is not so much shared memory.
+            DeviceUnavailable: the GPU does not take the bounce region as pinned memory.
+        """
         from kvstore.transport import KVRegion  # here, so that models and attention run without the transports
 
+        assert num_slots or device == "cpu", f"KV on {device} needs a bounce region"
         layer_bytes = cls.bytes_per_block(config, block_size, dtype) // config.num_layers
-        shared = KVRegion.create(num_blocks, config.num_layers, layer_bytes)
-        return cls.over(shared, config, block_size=block_size, dtype=dtype)
+        shared = KVRegion.create(num_slots or num_blocks, config.num_layers, layer_bytes)
+        if not num_slots:
+            return cls.over(shared, config, block_size=block_size, dtype=dtype)
+        if device != "cpu":
+            pin(shared)
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), shared)
 
     @classmethod
     def over(cls, shared: KVRegion, config: ModelShape, *, block_size: int, dtype: torch.dtype) -> KVTensor:
@@ -49,6 +79,17 @@ class KVTensor:
     def shared(self) -> KVRegion:
         assert self._shared is not None, "this KVTensor was made from a plain tensor"
         return self._shared
+
+    @property
+    def is_bounced(self) -> bool:
+        """Block ids of `kv` are not those of `shared`."""
+        return self._shared is not None and self.kv.data_ptr() != self._shared.address
+
+    @property
+    def slots(self) -> Tensor:
+        """The shared region as a tensor, on the host: `[shared.num_blocks, ...]`, else as `kv`."""
+        shape = (self.shared.num_blocks, *self.kv.shape[1:])
+        return torch.frombuffer(self.shared.buffer, dtype=self.kv.dtype).view(shape)
 
     @property
     def num_blocks(self) -> int:
