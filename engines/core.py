@@ -67,7 +67,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: ModelRunner,
         pool: BlockPool,
-        node: kv.KVNode,
+        node: kv.KVPort,
         finish_rule: FinishRule,
         relief: Relief,
         grammars: GrammarCompiler,

@@ -50,7 +50,7 @@ class _Pair:
 class DryRuns:
     """Owned by the engine thread of a worker that pushes."""
 
-    def __init__(self, *, node: kv.KVNode, pool: BlockPool, block_size: int, incarnation: str, clock: Clock) -> None:
+    def __init__(self, *, node: kv.KVPort, pool: BlockPool, block_size: int, incarnation: str, clock: Clock) -> None:
         self._kv = node
         self._pool = pool
         self._block_size = block_size

@@ -55,7 +55,7 @@ class FrontLink:
         return chunk
 
 
-def run_loop(link: FrontLink, node: kv.KVNode, core: EngineCore, timer: StepTimer = OFF) -> None:
+def run_loop(link: FrontLink, node: kv.KVPort, core: EngineCore, timer: StepTimer = OFF) -> None:
     """Until `Shutdown` or EOF. Between two steps everything that came is handled; without work it waits in poll."""
     poller = select.poll()
     poller.register(link.sock, select.POLLIN)

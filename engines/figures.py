@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from engines.step_rows import SampledTokens
     from kvstore.blocks import BlockPool, PrefixCache
     from kvstore.tiers import TieredStore
-    from kvstore.transport import KVNode
+    from kvstore.transport import KVPort
 
 SMOOTHING = 0.1  # weight of the newest step in `step_ms`
 COUNTERS = (
@@ -31,7 +31,7 @@ class EngineFigures:
     """Owned by the engine thread. Totals only grow; a restarted engine begins at 0."""
 
     def __init__(
-        self, pool: BlockPool, node: KVNode, prefix_cache: PrefixCache | None, tiers: TieredStore | None
+        self, pool: BlockPool, node: KVPort, prefix_cache: PrefixCache | None, tiers: TieredStore | None
     ) -> None:
         self._pool = pool
         self._kv = node

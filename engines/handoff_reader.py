@@ -49,7 +49,7 @@ class HandoffReader:
     def __init__(
         self,
         *,
-        node: kv.KVNode,
+        node: kv.KVPort,
         pool: BlockPool,
         block_size: int,
         send: Callable[[EngineMessage], None],

@@ -91,7 +91,7 @@ class HandoffWriter:
     def __init__(
         self,
         *,
-        node: kv.KVNode,
+        node: kv.KVPort,
         pool: BlockPool,
         block_size: int,
         block_bytes: int,

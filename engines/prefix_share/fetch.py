@@ -30,7 +30,7 @@ class _Waiting:
 class PrefixFetch:
     """Owned by the engine thread."""
 
-    def __init__(self, *, node: kv.KVNode, cache: PrefixCache, block_size: int, incarnation: str, clock: Clock) -> None:
+    def __init__(self, *, node: kv.KVPort, cache: PrefixCache, block_size: int, incarnation: str, clock: Clock) -> None:
         self._kv = node
         self._cache = cache
         self._block_size = block_size

@@ -32,7 +32,7 @@ _decode = msgspec.msgpack.Decoder(PrefixState).decode
 class PrefixKeeper:
     """Owned by the engine thread. Takes the events of transfers under `PREFIX_RID` at this receiver."""
 
-    def __init__(self, *, node: kv.KVNode, pool: BlockPool, cache: PrefixCache, block_size: int) -> None:
+    def __init__(self, *, node: kv.KVPort, pool: BlockPool, cache: PrefixCache, block_size: int) -> None:
         self._block_size = block_size
         self._kv = node
         self._pool = pool

@@ -34,7 +34,7 @@ class PrefixSender:
     """Owned by the engine thread. Holds a reference on what it pushes until the `kv` thread reads it no more."""
 
     def __init__(
-        self, *, node: kv.KVNode, pool: BlockPool, cache: PrefixCache, incarnation: str, block_size: int
+        self, *, node: kv.KVPort, pool: BlockPool, cache: PrefixCache, incarnation: str, block_size: int
     ) -> None:
         self._kv = node
         self._pool = pool

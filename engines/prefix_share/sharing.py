@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class NoSharing:
     """Where there is no prefix cache, or `kv.share_prefixes` is off: nothing is kept, asked for or waited for."""
 
-    def __init__(self, node: kv.KVNode) -> None:
+    def __init__(self, node: kv.KVPort) -> None:
         self._kv = node
 
     def meet(self, caches: list[Target]) -> None:
@@ -83,7 +83,7 @@ class PrefixSharing(NoSharing):
     def __init__(
         self,
         *,
-        node: kv.KVNode,
+        node: kv.KVPort,
         pool: BlockPool,
         cache: PrefixCache,
         incarnation: str,

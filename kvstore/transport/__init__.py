@@ -22,6 +22,7 @@ from kvstore.transport.events import (
 )
 from kvstore.transport.frames import FETCH_PREFIX
 from kvstore.transport.node import KVNode
+from kvstore.transport.port import KVPort
 from kvstore.transport.region import KVRegion
 from kvstore.transport.settings import Times
 from kvstore.transport.tls import TlsFiles
@@ -40,6 +41,7 @@ __all__ = [
     "Handed",
     "HandshakeRefused",
     "KVNode",
+    "KVPort",
     "KVRegion",
     "OverdueWriter",
     "PushFailed",
