@@ -128,9 +128,17 @@ class KVNode:
         self._listeners: list[UnixListener | TcpListener] = []
         self._address: KVAddress | None = None
         self._failure: BaseException | None = None
+        self._takes: Callable[[Event], bool] | None = None
         self._thread = threading.Thread(target=self._run, name="kv", daemon=True)
 
     # ---------------------------------------------------------------- life
+    def divert(self, takes: Callable[[Event], bool]) -> None:
+        """Before `start`. `takes` is asked of each event as it happens; what it takes does not come to `poll_events`.
+
+        In the thread that does the node's work at that moment: it must not block.
+        """
+        self._takes = takes
+
     def start(self) -> KVAddress:
         """Listen and start the `kv` thread.
 
@@ -332,6 +340,8 @@ class KVNode:
         self._loop.post(command)
 
     def _emit(self, event: Event) -> None:
+        if self._takes is not None and self._takes(event):
+            return
         self._events.append(event)
         with contextlib.suppress(BlockingIOError, OSError):
             os.eventfd_write(self.wake_fd, 1)
