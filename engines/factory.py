@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -24,23 +25,44 @@ from engines.tensor_parallel.shard import check_divisible, shard_config, shard_w
 logger = logging.getLogger(__name__)
 
 
-def choose_device(asked: str) -> str:
-    """The torch device for the setting `device` (auto, cpu, cuda).
+def choose_device(asked: str, *, num_ranks: int = 1) -> str:
+    """The torch device for the setting `device`: `auto` takes a GPU where there is one.
+
+    Args:
+        num_ranks: that share the model. Their KV is one region of host memory, so more than one are on the CPU.
 
     Raises:
-        DeviceUnavailable: cuda was asked for. The KV region of this version is host memory, shared between processes.
+        DeviceUnavailable: cuda was asked for by name and cannot be had; the message says what is missing.
     """
-    if asked in ("auto", "cpu"):
+    if asked not in ("auto", "cpu", "cuda"):
+        raise DeviceUnavailable(asked=asked, why="no such device here", hint="Set `device` to auto, cpu or cuda.")
+    if asked == "cpu" or (asked == "auto" and (num_ranks > 1 or not torch.cuda.is_available())):
         return "cpu"
-    raise DeviceUnavailable(
-        asked=asked,
-        why="the KV region of this version lies in host memory, so the engine runs on the CPU",
-        hint="Set `device: cpu` or `auto`.",
-    )
+    if num_ranks > 1:
+        raise DeviceUnavailable(
+            asked=asked,
+            why=f"`tensor_parallel_size` is {num_ranks}, and ranks share one KV region in host memory",
+            hint="Set `tensor_parallel_size: 1`, or `device: cpu`.",
+        )
+    if not torch.cuda.is_available() and torch.version.cuda is None:
+        raise DeviceUnavailable(
+            asked=asked,
+            why=f"torch {torch.__version__} was built for CPUs only",
+            hint="Set up again with `TORCH=cuda make setup`, or set `device: cpu` or `auto`.",
+        )
+    if not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hides = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
+        raise DeviceUnavailable(
+            asked=asked,
+            why=f"torch sees no GPU{hides}",
+            hint="Check `nvidia-smi` and `--gpu`, or set `device: cpu` or `auto`.",
+        )
+    return "cuda"
 
 
 def choose_dtype(asked: str, device: str) -> torch.dtype:
-    """The dtype of weights and KV. `auto`: bfloat16 where the CPU multiplies it in hardware, else float32.
+    """The dtype of weights and KV. `auto`: bfloat16 where the device multiplies it in hardware, else float32.
 
     Raises:
         DeviceUnavailable: a dtype that the engine does not have.
@@ -48,10 +70,19 @@ def choose_dtype(asked: str, device: str) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if asked == "auto":
         # Emulated bfloat16 is several times slower than float32 and less exact.
-        return torch.bfloat16 if device == "cpu" and _has_bfloat16() else torch.float32
+        has_bfloat16 = _has_bfloat16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     if asked not in known:
         raise DeviceUnavailable(asked=asked, why="no such dtype here", hint=f"Set `dtype` to auto, {', '.join(known)}.")
     return known[asked]
+
+
+def keep_products_exact(device: str) -> None:
+    """Let a GPU multiply float32 as float32, and add bfloat16 products in float32: TF32 has 10 bits of mantissa."""
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def choose_quantization(asked: str, group: str) -> Quantization | None:
@@ -88,6 +119,7 @@ def build_engine_model(
         DeviceUnavailable, KernelsUnavailable: what was asked for by name is not to be had here.
     """
     started_s = time.monotonic()
+    keep_products_exact(device)
     try:
         config = ModelConfig.from_folder(folder)
     except UnsupportedModel as error:
@@ -110,7 +142,7 @@ def build_engine_model(
                 why=f"{folder} runs on transformers' own layers, which are not quantised",
                 hint="Set it to none, or serve a model of the Llama, Qwen or Mistral families.",
             ) from error
-        return load_generic(folder, dtype=dtype)
+        return load_generic(folder, dtype=dtype, device=device)
     if deterministic and any(config.windows):
         raise DeviceUnavailable(
             asked="engine.deterministic",

@@ -71,7 +71,8 @@ class GenericAttention:
                 self._kv[table, layer, which, :num_kv_heads, :, :dim].transpose(0, 1).flatten(1, 2)[:, :num_keys]
                 for which, dim in ((0, q.shape[-1]), (1, value_dim))
             )
-            distance = torch.arange(row.start, row.context_len)[:, None] - torch.arange(first, row.context_len)
+            seen_from = torch.arange(row.start, row.context_len, device=q.device)[:, None]
+            distance = seen_from - torch.arange(first, row.context_len, device=q.device)
             is_seen = distance >= 0
             if variant.window is not None:
                 is_seen &= distance < variant.window

@@ -44,7 +44,8 @@ class WindowedAttention:
             rows[is_long].append(row)
             tokens[is_long].append(torch.arange(lo, lo + row.num_new_tokens))
             lo += row.num_new_tokens
-        self._short_idx, self._long_idx = torch.cat(tokens[0]), torch.cat(tokens[1])
+        device = metadata.slot_mapping.device
+        self._short_idx, self._long_idx = torch.cat(tokens[0]).to(device), torch.cat(tokens[1]).to(device)
         if rows[True] and rows[False]:
             self._short.begin_step(AttentionMetadata(tuple(rows[False]), metadata.slot_mapping[self._short_idx]))
         self._long.begin_step(AttentionMetadata(tuple(rows[True]), metadata.slot_mapping[self._long_idx]))

@@ -112,6 +112,11 @@ class GenericModel:
         return dtype
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    @property
     def transformers_model(self) -> Any:
         """The model itself, for comparisons."""
         return self._model
@@ -146,7 +151,9 @@ class GenericModel:
         """fp32 logits `[num_rows, vocab]`: what the model does behind its trunk (head, soft caps, scales)."""
         self._trunk.forward = _giving(hidden[None])
         try:
-            out = self._model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64), use_cache=False)
+            out = self._model(
+                input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device), use_cache=False
+            )
         finally:
             self._trunk.forward = self._trunk_forward
         logits: Tensor = out.logits[0].float()
@@ -162,7 +169,7 @@ def layer_shapes(model: Any) -> LayerShapes:
     found = LayerShapes()
     token = _step.set(found)
     try:
-        zero = torch.zeros(1, 1, dtype=torch.int64)
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         trunk_of(model)(input_ids=zero, position_ids=zero, use_cache=False)
     finally:
         _step.reset(token)

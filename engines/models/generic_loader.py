@@ -44,8 +44,8 @@ class GenericConfig:
         return self.num_kv_heads * self.head_dim
 
 
-def load_generic(folder: Path, *, dtype: torch.dtype) -> tuple[GenericModel, GenericConfig]:
-    """Blocks until the weights are in memory and the trial is over.
+def load_generic(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> tuple[GenericModel, GenericConfig]:
+    """Blocks until the weights are in the memory of `device` and the trial, on that device, is over.
 
     Raises:
         UnsupportedModel: not a decoder, or one that cannot run over paged KV.
@@ -53,7 +53,7 @@ def load_generic(folder: Path, *, dtype: torch.dtype) -> tuple[GenericModel, Gen
     """
     path = folder / "config.json"
     refuse_unservable(folder)
-    model = _load(folder, path, dtype)
+    model = _load(folder, path, dtype).to(device)
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(path, f"{_name(model)} is an encoder-decoder", "Supported: decoders.")
     if getattr(model, "_is_stateful", False):
@@ -154,7 +154,7 @@ def _trial_error(generic: GenericModel) -> float:
     length = min(22, config.max_position_embeddings - 1)
     lengths = (length, length // 2)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator) for n in lengths]
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).to(generic.device) for n in lengths]
     with torch.inference_mode():
         expected = [_eager_logits(generic, ids) for ids in prompts]
         found = _packed_logits(generic, prompts)
@@ -174,10 +174,10 @@ def _eager_logits(generic: GenericModel, ids: Tensor) -> Tensor:
 
 def _packed_logits(generic: GenericModel, prompts: list[Tensor]) -> list[Tensor]:
     """Both in each step, cut at a third of their length, over blocks in no order and full of NaN."""
-    config = generic.config
+    config, device = generic.config, generic.device
     num_pages = -(-max(map(len, prompts)) // _TRIAL_BLOCK)
     shape = (2 * num_pages, config.num_layers, 2, config.num_kv_heads, _TRIAL_BLOCK, config.head_dim)
-    attention = generic.make_attention(torch.full(shape, float("nan"), dtype=generic.dtype))
+    attention = generic.make_attention(torch.full(shape, float("nan"), dtype=generic.dtype, device=device))
     tables = [list(range(i, 2 * num_pages, 2))[::-1] for i in range(2)]
     parts: list[list[Tensor]] = [[], []]
     for spans in zip(*(((0, len(ids) // 3), (len(ids) // 3, len(ids))) for ids in prompts), strict=True):
@@ -187,9 +187,9 @@ def _packed_logits(generic: GenericModel, prompts: list[Tensor]) -> list[Tensor]
             for (lo, hi), table in zip(spans, tables, strict=True)
             for p in range(lo, hi)
         ]
-        attention.begin_step(AttentionMetadata(rows, torch.tensor(slots)))
+        attention.begin_step(AttentionMetadata(rows, torch.tensor(slots, device=device)))
         ids = torch.cat([prompt[lo:hi] for prompt, (lo, hi) in zip(prompts, spans, strict=True)])
-        positions = torch.cat([torch.arange(lo, hi) for lo, hi in spans])
+        positions = torch.cat([torch.arange(lo, hi, device=device) for lo, hi in spans])
         logits = generic.logits(generic.forward(ids, positions, attention))
         for part, rows_of in zip(parts, torch.split(logits, [hi - lo for lo, hi in spans]), strict=True):
             part.append(rows_of)

@@ -1,9 +1,11 @@
 """The random choice: temperature, top_k, top_p, min_p, then the inverse of the cumulative distribution.
 
 Sorting a whole vocabulary is what sampling costs, and nearly always the choice falls into the few likeliest tokens. So
-only those are sorted first, with their true probabilities (the normaliser is a sum over the whole row). A row is
-decided by them when nothing beyond them can change its result; else it is done again with everything sorted. Both give
-the same token.
+only those are sorted first, beside the weight of the whole row. A row is decided by them when nothing beyond them can
+change its result; else it is done again with everything sorted. Both give the same token.
+
+`engines.sampling.native` does the same in C++. The two add in another order, so a sum may differ in its last bits, and
+a token only where the uniform number lies within those bits of a boundary: once in about 10^13 choices.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 NUM_CANDIDATES = 64
+VANISHES = -700.0  # e^x is so small that a token has no weight: it is never chosen (cpp/simd_double.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +58,27 @@ def choose(logits: Tensor, filters: Filters) -> Tensor:
 
 def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tuple[Tensor, Tensor]:
     """(token ids, whether the candidates beyond these could not have changed them)."""
-    is_all = num_candidates == logits.shape[1]
-    scaled = logits.double() / filters.temperature[:, None]
+    vocab_size = logits.shape[1]
+    is_all = num_candidates == vocab_size
+    scaled = logits.double() * (1.0 / filters.temperature)[:, None]
     values, ids = _sorted_candidates(scaled, num_candidates)
     rank = torch.arange(num_candidates, device=logits.device)
-    probs = torch.exp(values - scaled.logsumexp(-1, keepdim=True))
-
-    top_k = torch.where(filters.top_k > 0, filters.top_k, logits.shape[1])[:, None]
-    in_top_k = rank < top_k
-    cumulative = probs.cumsum(-1)
+    weights = _weights(values, values[:, :1])
+    # Of the whole row, and of what top_k leaves of it: top_p looks at that, normalised.
+    whole = _weights(scaled, values[:, :1]).sum(-1, keepdim=True)
+    top_k = torch.where(filters.top_k > 0, filters.top_k.clamp(max=vocab_size), vocab_size)[:, None]
+    cumulative = weights.cumsum(-1)
     has_top_k = top_k <= num_candidates
-    # top_p and min_p look at what top_k left, normalised.
-    mass = torch.where(has_top_k, cumulative.gather(1, top_k.clamp(max=num_candidates) - 1), 1.0)
-    before = (cumulative - probs) / mass
-    keep = in_top_k & (before < filters.top_p[:, None]) & (probs >= filters.min_p[:, None] * probs[:, :1])
+    mass = torch.where(top_k < vocab_size, cumulative.gather(1, top_k.clamp(max=num_candidates) - 1), whole)
+    top_p = filters.top_p[:, None]
+    in_top_p = (top_p >= 1.0) | ((cumulative - weights) / mass < top_p)
+    keep = (rank < top_k) & in_top_p & (weights >= filters.min_p[:, None]) & (weights > 0.0)
     keep[:, 0] = True
     # Each filter keeps a prefix of the sorted candidates, and so do all together.
     num_kept = keep.sum(-1, keepdim=True)
-    kept_mass = cumulative.gather(1, num_kept - 1)
-    is_unfiltered = (top_k >= logits.shape[1]) & (filters.top_p[:, None] >= 1.0) & (filters.min_p[:, None] <= 0.0)
-    total = torch.where(is_unfiltered, 1.0, kept_mass)
-    target = filters.uniform[:, None] * total
-    position = (cumulative <= target).sum(-1, keepdim=True)
+    is_unfiltered = (top_k >= vocab_size) & (top_p >= 1.0) & (filters.min_p[:, None] <= 0.0)
+    total = torch.where(is_unfiltered, whole, cumulative.gather(1, num_kept - 1))
+    position = (cumulative <= filters.uniform[:, None] * total).sum(-1, keepdim=True)
     is_inside = position < num_kept
     position = torch.minimum(position, num_kept - 1)
     chosen = ids.gather(1, position)[:, 0]
@@ -86,9 +88,15 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     edge = values[:, -1:]
     ends_inside = values.gather(1, num_kept - 1) > edge
     falls_inside = is_inside & (values.gather(1, position) > edge)
-    is_mass_known = has_top_k | (top_k >= logits.shape[1])
+    is_mass_known = has_top_k | (top_k >= vocab_size)
     decided = is_mass_known & torch.where(is_unfiltered, falls_inside, ends_inside)
     return chosen, decided[:, 0]
+
+
+def _weights(scaled: Tensor, top: Tensor) -> Tensor:
+    """Of each token beside the likeliest, whose weight is exactly 1. Equal logits have equal weights."""
+    below = scaled - top
+    return torch.where(below < VANISHES, 0.0, torch.exp(below))
 
 
 def _sorted_candidates(scaled: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class Constrainer:
         return self._copy[: len(logits)].copy_(logits)
 
     def mask(self, logits: Tensor, rows: dict[int, SamplingRow]) -> NDArray[np.uint8]:
-        """Set what the grammars do not allow to -inf, in place: of the rows of `logits` (fp32, CPU) that are in `rows`.
+        """Set what the grammars do not allow to -inf, in place: of the rows of `logits` (fp32) that are in `rows`.
 
         Returns:
             The masks, as `GrammarMasks.forbidden`.
@@ -50,6 +50,9 @@ class Constrainer:
         if self._masks is None:
             self._masks = GrammarMasks(logits.shape[1], torch.get_num_threads())
         forbidden = self._masks.forbidden(states)
+        if logits.device.type != "cpu":
+            _mask_on_device(logits, list(rows), forbidden)
+            return forbidden
         if len(self._bias) != forbidden.shape[1]:
             self._bias = np.empty((forbidden.shape[1], 8), dtype=np.float32)
         bias, values = self._bias.reshape(-1)[: logits.shape[1]], logits.numpy()
@@ -81,3 +84,11 @@ class Constrainer:
                 state.fail("the other fields of the request forbid every token that it allows")
             found[index[k]] = ends[0] if ends else self._eos_token_ids[0]
         return found
+
+
+def _mask_on_device(logits: Tensor, rows: list[int], forbidden: NDArray[np.uint8]) -> None:
+    """The masks cross as bits, an eighth of a byte per token, and are unpacked where the logits are."""
+    packed = torch.from_numpy(forbidden).to(logits.device)
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_forbidden = (bits & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(is_forbidden, float("-inf"))

@@ -15,9 +15,13 @@ def find_peaks(logits: Tensor, kernels: Kernels | None) -> tuple[list[int], list
     Args:
         logits: `[num_rows, vocab]` fp32. With `kernels` on a CPU one pass finds both.
     """
-    if kernels is None or logits.device.type != "cpu":
+    if logits.device.type != "cpu":
         is_nan = logits.amax(-1).isnan()  # NaN wins every maximum
-        return largest(logits), is_nan.nonzero().flatten().tolist()
+        # One copy from the device, which waits for all that the step has computed.
+        found = torch.stack((logits.argmax(-1), is_nan.long())).tolist()
+        return found[0], [i for i, broken in enumerate(found[1]) if broken]
+    if kernels is None:
+        return largest(logits), logits.amax(-1).isnan().nonzero().flatten().tolist()
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     ids, broken = np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.bool_)

@@ -21,7 +21,7 @@ def score_tokens(
     The values are the model's own, before temperature, penalties and bias. False if an output is NaN.
     """
     for lo in range(0, len(token_ids), ROWS_AT_ONCE):
-        targets = torch.tensor(token_ids[lo : lo + ROWS_AT_ONCE], dtype=torch.int64)[:, None]
+        targets = torch.tensor(token_ids[lo : lo + ROWS_AT_ONCE], dtype=torch.int64, device=hidden.device)[:, None]
         logits = logits_of(hidden[lo : lo + len(targets)])
         if bool(logits.amax(-1).isnan().any()):
             return False

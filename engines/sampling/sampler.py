@@ -55,9 +55,10 @@ class Sampler:
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced]
         if drawn:
             chosen = choose(adjusted[drawn], _filters([rows[i] for i in drawn])).tolist()
-            for i, token_id in zip(drawn, chosen, strict=True):
-                # Rounding at the very end of the cumulative sum may fall on what a mask forbids.
-                if rows[i].grammar is None or adjusted[i, token_id] > float("-inf"):
+            # Rounding at the very end of the cumulative sum may fall on what a mask forbids.
+            is_masked = constrained and (adjusted[drawn, chosen] == float("-inf")).tolist()
+            for k, (i, token_id) in enumerate(zip(drawn, chosen, strict=True)):
+                if rows[i].grammar is None or not is_masked[k]:
                     token_ids[i] = token_id
         for i, token_id in forced.items():
             token_ids[i] = token_id
@@ -88,8 +89,9 @@ def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> 
     best = logprobs.topk(num_top, dim=-1).indices.sort(dim=-1).values
     values, order = logprobs.gather(1, best).sort(dim=-1, descending=True, stable=True)
     best_ids, best_values = best.gather(1, order).tolist(), values.tolist()
+    own_values = logprobs[range(len(wanted)), [token_ids[i] for i in wanted]].tolist()
     for k, i in enumerate(wanted):
         count = min(rows[i].params.logprobs or 0, num_top)
         top = tuple(zip(best_ids[k][:count], best_values[k][:count], strict=True))
-        found[i] = TokenLogprobs(float(logprobs[k, token_ids[i]]), top)
+        found[i] = TokenLogprobs(own_values[k], top)
     return found

@@ -47,7 +47,7 @@ def _serve(sock: socket.socket, start: RankStart, region_fd: int) -> None:
     role = settings.prefill if start.config.role == "prefill" else settings.decode
     torch.set_grad_enabled(False)
     torch.set_num_threads(max(1, len(start.cpus)))
-    device = choose_device(role.device)
+    device = choose_device(role.device, num_ranks=start.num_ranks)
     dtype = choose_dtype(settings.model.dtype, device)
     group = RankGroup(Path(start.meeting_file), start.rank, start.num_ranks, device=device)
     model, config = build_engine_model(

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from engines.attention.backend import AttentionMetadata, AttentionRow
+from engines.attention.backend import AttentionBackend, AttentionMetadata, AttentionRow
+from engines.attention.generic_attention import GenericAttention
 from engines.attention.torch_backend import TorchAttention
+from engines.attention.windowed import WindowedAttention
 from engines.models.config import ModelConfig
 from engines.models.llama import LlamaModel
 from engines.models.loader import load_weights
 from engines.params import SamplingParams
 from engines.sampling.adjust import adjust_logits
 from engines.sampling.choose import Filters, choose
+from engines.sampling.constrain import _mask_on_device
 from engines.sampling.row import SamplingRow
 from tests.checkpoints import FAMILIES, make_checkpoint
 
@@ -44,12 +48,50 @@ def test_a_step_of_chunks_and_decode_rows_stays_on_the_device(family: str, tmp_p
 
 
 def test_biases_and_masks_stay_on_the_device() -> None:
-    params = SamplingParams(logit_bias={5: 1.0}, allowed_token_ids=(1, 2), bad_word_ids=((3,),), min_tokens=4)
+    params = SamplingParams(
+        logit_bias={5: 1.0},
+        allowed_token_ids=(1, 2),
+        bad_word_ids=((3,),),
+        min_tokens=4,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=0.5,
+    )
     row = SamplingRow(params, 0, 0, [7, 8], [9])
     logits = torch.empty(1, 300, device=DEVICE)
     adjust_logits(logits, [row], (2,))
 
     assert logits.device.type == DEVICE
+
+
+@pytest.mark.parametrize("kind", ["generic", "windowed"])
+def test_attention_with_windows_stays_on_the_device(kind: str) -> None:
+    rows = (AttentionRow(0, 20, [3, 1, 5]), AttentionRow(8, 9, [2, 4, 6]), AttentionRow(11, 1, [7, 8]))
+    kv = torch.empty(NUM_BLOCKS, 2, 2, 2, BLOCK_SIZE, 16, device=DEVICE)
+    attention: AttentionBackend = GenericAttention(kv)
+    if kind == "windowed":
+        attention = WindowedAttention(lambda: TorchAttention(kv), kv, (None, 13))
+    states = torch.empty(30, 2, 16, device=DEVICE)
+    attention.begin_step(AttentionMetadata(rows, torch.arange(30, device=DEVICE)))
+    for layer in range(2):
+        attention.write_kv(layer, states, states)
+        out = attention.forward(layer, torch.empty(30, 4, 16, device=DEVICE))
+        assert (out.device.type, tuple(out.shape)) == (DEVICE, (30, 4, 16))
+
+
+def test_grammar_masks_are_applied_on_the_device_as_on_a_cpu() -> None:
+    forbidden = np.random.default_rng(0).integers(0, 256, (2, 38), dtype=np.uint8)
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    bits = torch.from_numpy(np.unpackbits(forbidden, axis=1, bitorder="little"))[:, :300].bool()
+    expected = logits.clone()
+    expected[[0, 2]] = expected[[0, 2]].masked_fill(bits, float("-inf"))
+    on_device = torch.empty(3, 300, device=DEVICE)
+
+    _mask_on_device(logits, [0, 2], forbidden)
+    _mask_on_device(on_device, [0, 2], forbidden)
+
+    assert torch.equal(logits, expected)
+    assert on_device.device.type == DEVICE
 
 
 def test_the_choice_is_made_on_the_device() -> None:
