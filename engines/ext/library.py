@@ -54,6 +54,10 @@ class Kernels:
         self.run_layers = _function(library, "run_layers", dtype)
         self.find_peaks = library.find_peaks  # of fp32 logits, whatever the dtype of the model
         self.find_peaks.restype, self.find_peaks.argtypes = None, _FIND_PEAKS
+        self.find_amx, self.try_amx = library.find_amx, library.try_amx
+        self.amx_equals_emulation, self.has_emulated_tiles = library.amx_equals_emulation, library.has_emulated_tiles
+        for asked in (self.find_amx, self.try_amx, self.amx_equals_emulation, self.has_emulated_tiles):
+            asked.restype, asked.argtypes = c_int64, []
         self.packed_size = _function(library, "packed_size", dtype)
         self.pack_weight = _function(library, "pack_weight", dtype)
         self.linear = _function(library, "linear", dtype)

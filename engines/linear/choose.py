@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 import torch
 
 from engines.errors import DeviceUnavailable
 from engines.ext.library import Kernels
+from engines.linear.amx import Tiles, find_tiles
 from engines.linear.backend import LinearBackend
 from engines.linear.native_linear import NativeBackend, Quantization
 from engines.linear.onednn_linear import OnednnBackend
 from engines.linear.torch_linear import TorchBackend
 
 logger = logging.getLogger(__name__)
+
+_ON_TILES: Final = {Tiles.AMX: ", on AMX tiles", Tiles.EMULATED: ", on emulated AMX tiles (slow)"}
 
 
 def choose_linear(
@@ -32,11 +36,12 @@ def choose_linear(
     """
     if quantization is not None:
         return _quantized(asked, kernels, quantization)
-    why_not_native = _why_not_native(asked, dtype, kernels)
+    why_not_native = _why_not_native(asked, kernels)
     why_not_onednn = _why_not_onednn(dtype, device) if asked == "onednn" or why_not_native else ""
     if asked in ("auto", "native") and kernels is not None and not why_not_native:
-        logger.info("linear layers: native")
-        return NativeBackend(kernels)
+        tiles = find_tiles(kernels)
+        logger.info("linear layers: native%s", "" if tiles is None else _ON_TILES[tiles])
+        return NativeBackend(kernels, tiles=tiles)
     if asked == "native":
         raise DeviceUnavailable(asked=asked, why=why_not_native, hint="Set `engine.linear` to auto, onednn or torch.")
     if deterministic:
@@ -83,16 +88,14 @@ def _quantized(asked: str, kernels: Kernels | None, quantization: Quantization) 
     return NativeBackend(kernels, quantization)
 
 
-def _why_not_native(asked: str, dtype: torch.dtype, kernels: Kernels | None) -> str:
-    """Empty if it is to be taken. Where it was not measured to be the fastest, only its name brings it."""
+def _why_not_native(asked: str, kernels: Kernels | None) -> str:
+    """Empty if it is to be taken. Without AVX-512 only its name brings it."""
     if kernels is None:
         return "there are no C++ kernels for this device, or `engine.kernels` is torch"
     if asked not in ("auto", "native"):
         return "not asked for"
     if asked == "native":
         return ""
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return "this CPU has AMX, which it does not use"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "measured on CPUs with AVX-512 only"
     return ""

@@ -1,8 +1,8 @@
 """Linear layers in C++: packed weights that stream at the speed of memory; a row depends on nothing but itself.
 
 Every output is summed over the input features in one order, whatever the number of rows or threads: a row alone equals
-the same row in any batch, bit for bit (cpp/linear.h), with quantised weights, too. CPU only; a packed weight is a copy,
-as with oneDNN.
+the same row in any batch, bit for bit (cpp/linear.h), with quantised weights and on AMX tiles, too. CPU only; a packed
+weight is a copy, as with oneDNN.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engines.ext.library import Kernels
+from engines.linear.amx import Tiles
 from engines.linear.packed_memory import PackedMemory
 from engines.linear.quantize import pack_numbers, pack_scales, quantize
 
 _KINDS: Final = {16: 0, 8: 1, 4: 2}  # bits -> `enum class Kind` of cpp/formats.h
+_TILE_DEPTH: Final = 32  # inputs: the depth of weights for tiles is filled up to whole ones, as cpp/amx_linear.h has it
 _PANELS_AT_ONCE: Final = 128  # quantised in fp32: not a whole head of 150,000 outputs at a time
 
 
@@ -60,6 +62,7 @@ class NativeLinear:
         *,
         memory: PackedMemory,
         quantization: Quantization | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self._kernels = kernels
         self.num_out, self.num_in = weight.shape
@@ -69,7 +72,8 @@ class NativeLinear:
         weight = F.pad(weight, (0, self._padding)).contiguous()
         self._scales: Tensor | None = None
         if quantization is None:
-            self._panels = _pack(kernels, weight, memory)
+            depth = -weight.shape[1] % _TILE_DEPTH if tiles is not None else 0
+            self._panels = _pack(kernels, F.pad(weight, (0, depth)) if depth else weight, memory)
         else:
             self._panels, self._scales = _pack_quantized(kernels, weight, memory, quantization)
         self._bias = None if bias is None else bias.contiguous()
@@ -79,7 +83,7 @@ class NativeLinear:
             bias=None if self._bias is None else self._bias.data_ptr(),
             num_in=num_in,
             num_out=self.num_out,
-            kind=_KINDS[16 if quantization is None else quantization.bits],
+            kind=_kind(quantization, tiles),
             scales=None if self._scales is None else self._scales.data_ptr(),
             group=num_in if quantization is None else quantization.group or num_in,
         )
@@ -112,22 +116,39 @@ class NativeLinear:
 
 
 class NativeBackend:
-    """See `LinearBackend`. `quantization`: of every weight it is given; biases and products stay as they are."""
+    """See `LinearBackend`.
+
+    Args:
+        quantization: of every weight it is given; biases and products stay as they are.
+        tiles: what multiplies weights of bfloat16 that are not quantised. Others are not for tiles.
+    """
 
     name = "native"
     is_batch_invariant = True
 
-    def __init__(self, kernels: Kernels, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, kernels: Kernels, quantization: Quantization | None = None, *, tiles: Tiles | None = None
+    ) -> None:
+        assert tiles is None or (quantization is None and kernels.dtype == torch.bfloat16)
         self._kernels = kernels
         self._memory = PackedMemory()
+        self.tiles = tiles
         self.quantization = quantization
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
-        return NativeLinear(self._kernels, weight, bias, memory=self._memory, quantization=self.quantization)
+        return NativeLinear(
+            self._kernels, weight, bias, memory=self._memory, quantization=self.quantization, tiles=self.tiles
+        )
 
     def for_head(self) -> NativeBackend:
         """Makes the head of the same model: eight bits where the layers have four, since every token is read off it."""
         return self if self.quantization is None else NativeBackend(self._kernels, INT8)
+
+
+def _kind(quantization: Quantization | None, tiles: Tiles | None) -> int:
+    if tiles is not None:
+        return tiles
+    return _KINDS[16 if quantization is None else quantization.bits]
 
 
 def _pack(kernels: Kernels, weight: Tensor, memory: PackedMemory) -> Tensor:

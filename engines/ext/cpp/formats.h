@@ -21,7 +21,8 @@ namespace celeriac {
 constexpr int kColumns = 2 * kLanes;
 constexpr int64_t kAheadBytes = 2048;  // prefetched: 1 to 4 KiB ahead were equal, 8 KiB slower
 
-enum class Kind : int64_t { plain = 0, int8 = 1, int4 = 2 };
+// `tiles`: as `plain`, but the depth is filled up to whole tiles with zeros (amx_linear.h).
+enum class Kind : int64_t { plain = 0, int8 = 1, int4 = 2, tiles = 3, emulated_tiles = 4 };
 
 // One packed weight. engines/linear/native_linear.py fills it, field by field.
 struct Weight {

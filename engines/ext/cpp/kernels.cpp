@@ -1,4 +1,5 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
+#include "amx_check.h"
 #include "peaks.h"
 #include "stack.h"
 
@@ -68,6 +69,27 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
                                      int64_t num_threads) {                                                          \
     linear(*weight, rows, x, x_stride, out, num_threads);                                                            \
   }
+
+// `AmxState`; runs the self-check in a child process the first time.
+extern "C" int64_t find_amx() {
+  static const celeriac::AmxState state = celeriac::find_amx();
+  return static_cast<int64_t>(state);
+}
+
+// The self-check alone, whatever the CPU says that it has. For tests.
+extern "C" int64_t try_amx() { return static_cast<int64_t>(celeriac::try_amx()); }
+
+// The same in this process, which a CPU without AMX ends. For tests that handle SIGILL.
+extern "C" int64_t amx_equals_emulation() { return celeriac::amx_equals_emulation(); }
+
+// Whether weights may be packed for tiles at all, those in software included.
+extern "C" int64_t has_emulated_tiles() {
+#if defined(CELERIAC_HAS_TILES)
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 extern "C" void find_peaks(int64_t num_rows, int64_t size, const float* logits, int64_t* ids, bool* is_nan,
                            int64_t num_threads) {

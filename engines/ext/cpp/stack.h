@@ -6,8 +6,8 @@
 // by one, so the results are the same, bit for bit.
 #pragma once
 
+#include "any_linear.h"
 #include "attention.h"
-#include "linear.h"
 
 namespace celeriac {
 

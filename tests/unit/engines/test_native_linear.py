@@ -101,8 +101,7 @@ def test_native_asked_for_by_name_is_not_replaced(caplog: pytest.LogCaptureFixtu
 
 def test_auto_takes_native_only_where_it_was_measured_to_be_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = load_kernels(torch.bfloat16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert choose_linear("auto", dtype=torch.bfloat16, device="cpu", kernels=kernels).name == "native"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert choose_linear("auto", dtype=torch.bfloat16, device="cpu", kernels=kernels).name != "native"
