@@ -86,6 +86,12 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
         )
     for role in ("prefill", "decode"):
         sizes = getattr(settings, role)
+        if kv.bounce_bytes and sizes.tensor_parallel_size > 1:
+            fault(
+                "kv.bounce_bytes",
+                f"{role}.tensor_parallel_size is {sizes.tensor_parallel_size}, and ranks share the KV region itself",
+                "0, or one rank",
+            )
         if sizes.max_num_batched_tokens < sizes.max_num_seqs and role == "decode":
             fault(
                 "decode.max_num_batched_tokens",

@@ -41,6 +41,15 @@ class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens per block, a power of two.")] = 32
     num_blocks: Annotated[int, Meta(ge=0, description="Blocks per worker. 0: as many as `memory_bytes` holds.")] = 0
     memory_bytes: Annotated[int, Meta(ge=1 << 20, description="Memory for KV per worker.")] = 1 << 30
+    bounce_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Host memory per worker through which the KV of GPUs moves. 0: room for four of the longest "
+            "sequences, at most 2GiB; on CPUs none, since KV lies where peers write it. More than 0 on a CPU takes the "
+            "way of a GPU, which is slower: for tests.",
+        ),
+    ] = 0
     enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True
     eviction: Annotated[Literal["lru", "fifo"], Meta(description="Which cached block goes first.")] = "lru"
     swap_bytes: Annotated[

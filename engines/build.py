@@ -13,7 +13,10 @@ import xxhash
 from configs import RotatingSecrets
 from configs.schema import EngineSettings, Settings, TransferSettings
 from engines.core import EngineCore
-from engines.errors import ContextTooLong, PoolTooSmall
+from engines.device_kv.make import make_port
+from engines.device_kv.sizing import BounceSize
+from engines.device_kv.staged_blocks import StagedBlocks
+from engines.errors import ContextTooLong, DeviceUnavailable, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype, choose_quantization
 from engines.finish import FinishRule
 from engines.kv_layout import compat_of, kv_layout, weights_form
@@ -41,7 +44,7 @@ from kvstore.address import KVAddress
 from kvstore.blocks import BlockPool, PrefixCache
 from kvstore.clock import now_s
 from kvstore.tiers import DiskTier, HostTier, TieredStore, TierError
-from kvstore.transport import KVNode, KVRegion, Times, TlsFiles, start_touching
+from kvstore.transport import KVNode, KVPort, Times, TlsFiles, start_touching
 from kvstore.transport.rdma import usable_protocols
 from kvstore.transport.settings import host_id
 
@@ -51,7 +54,7 @@ class Engine:
     """The parts that the process's main loop and its `Ready` message need."""
 
     core: EngineCore
-    node: KVNode
+    node: KVPort
     address: KVAddress
     num_blocks: int
     block_size: int
@@ -111,9 +114,29 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
             block_bytes=block_bytes,
             max_model_len=max_model_len,
         )
-    region = KVTensor.create(model_config, num_blocks=num_blocks, block_size=settings.kv.block_size, dtype=dtype)
+    bounce = BounceSize.choose(
+        settings.kv.bounce_bytes,
+        device=device,
+        block_bytes=block_bytes,
+        block_size=settings.kv.block_size,
+        max_model_len=max_model_len,
+    )
+    region = KVTensor.create(
+        model_config,
+        num_blocks=num_blocks,
+        block_size=settings.kv.block_size,
+        dtype=dtype,
+        device=device,
+        num_slots=0 if bounce is None else bounce.num_slots,
+    )
     start_touching(region.shared)
     if parallel is not None:
+        if region.is_bounced:
+            raise DeviceUnavailable(
+                asked=f"kv.bounce_bytes with tensor_parallel_size={parallel.num_ranks}",
+                why="ranks share the KV region itself",
+                hint="Set `kv.bounce_bytes: 0`, or one rank.",
+            )
         parallel.start(config, region.shared, device=device)
     pool = BlockPool(num_blocks)
     digest = weights_digest(folder)
@@ -121,24 +144,28 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     if settings.kv.enable_prefix_caching:
         form = weights_form(settings.engine)
         fingerprint = page_fingerprint(f"{digest} {form}", model_config, settings.kv.block_size, str(dtype))
-        tiers = _tiers(settings, config.node, region.shared, fingerprint)
+        tiers = _tiers(settings, config.node, region, fingerprint)
         cache = PrefixCache(pool, settings.kv.block_size, policy=settings.kv.eviction, tiers=tiers)
-    node = KVNode(
-        incarnation=config.incarnation,
-        region=region.shared,
-        secret=RotatingSecrets(settings, config.secret),
-        compat=compat_of(folder, digest, weights_form(settings.engine)),
-        layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
-        protocols=usable_protocols(settings.transfer.protocol),
-        run_dir=settings.run_dir,
-        bind=settings.transfer.bind_host,
-        advertise=settings.transfer.advertise_host,
-        checksum=settings.transfer.checksum,
-        tls=_tls_files(settings.transfer),
-        link_gbps=settings.transfer.gbps,
-        times=Times.with_leases(
-            grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
+    node = make_port(
+        KVNode(
+            incarnation=config.incarnation,
+            region=region.shared,
+            secret=RotatingSecrets(settings, config.secret),
+            compat=compat_of(folder, digest, weights_form(settings.engine)),
+            layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
+            protocols=usable_protocols(settings.transfer.protocol),
+            run_dir=settings.run_dir,
+            bind=settings.transfer.bind_host,
+            advertise=settings.transfer.advertise_host,
+            checksum=settings.transfer.checksum,
+            tls=_tls_files(settings.transfer),
+            link_gbps=settings.transfer.gbps,
+            times=Times.with_leases(
+                grant_lease_s=settings.transfer.grant_lease_s, fence_kill_s=settings.transfer.fence_kill_s
+            ),
         ),
+        region,
+        bounce,
     )
     relief = make_relief(
         region.kv,
@@ -228,7 +255,7 @@ def _on_step(step_log: StepLog | None, profile: StepProfile | None) -> Callable[
     return tell_all
 
 
-def _tiers(settings: Settings, node: str, region: KVRegion, fingerprint: str) -> TieredStore | None:
+def _tiers(settings: Settings, node: str, region: KVTensor, fingerprint: str) -> TieredStore | None:
     """What takes evicted blocks, or None.
 
     Raises:
@@ -239,11 +266,15 @@ def _tiers(settings: Settings, node: str, region: KVRegion, fingerprint: str) ->
         if kv.disk_cache_bytes:
             raise TierError(what="kv.disk_cache_bytes without kv.host_cache_bytes", expected="both, or none")
         return None
-    disk = None
+    disk, block_bytes = None, region.shared.block_bytes
     if kv.disk_cache_bytes:
         folder = Path(kv.disk_cache_dir or Path(settings.run_dir) / "kv-cache") / node
-        disk = DiskTier(folder, fingerprint=fingerprint, max_bytes=kv.disk_cache_bytes, block_bytes=region.block_bytes)
-    return TieredStore(HostTier(kv.host_cache_bytes, region.block_bytes), disk, pages=region.block)
+        disk = DiskTier(folder, fingerprint=fingerprint, max_bytes=kv.disk_cache_bytes, block_bytes=block_bytes)
+    host = HostTier(kv.host_cache_bytes, block_bytes)
+    if not region.is_bounced:
+        return TieredStore(host, disk, pages=region.shared.block)
+    staged = StagedBlocks(region.kv)
+    return TieredStore(host, disk, pages=staged.read, landed=staged.write_back)
 
 
 def _context(asked: int, config: ModelShape) -> int:

@@ -32,7 +32,7 @@ HOPELESS: Final = frozenset(
 )
 
 # The pair has met and agrees; there was no block just now.
-LATER: Final = frozenset({"no_space", "quota", "backoff"})
+LATER: Final = frozenset({"no_space", "no_slots", "quota", "backoff"})
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,7 @@ EngineError(retryable)
 ├── KernelsUnavailable         the C++ kernels could not be built or loaded; torch does their work
 ├── ContextTooLong             `model.max_model_len` is more than the model was made for
 ├── PoolTooSmall               the KV pool cannot hold one sequence of the longest length
+├── BounceTooSmall             KV that moves through host memory: the longest sequence does not fit in
 ├── ForwardFailed              one step failed in torch (memory, mostly)                       (retryable)
 └── NonFiniteLogits            a step's logits are NaN: damaged KV or weights, never sampled   (retryable)
 """
@@ -95,6 +96,18 @@ class PoolTooSmall(EngineError):
             "raise `kv.memory_bytes` or lower `model.max_model_len`."
         )
         self.needed_blocks = needed
+
+
+class BounceTooSmall(EngineError):
+    """A sequence of `max_model_len` tokens could not move in each direction at once."""
+
+    def __init__(self, *, bounce_bytes: int, needed_bytes: int, max_model_len: int) -> None:
+        super().__init__(
+            f"`kv.bounce_bytes` is {bounce_bytes / 2**20:.1f} MiB. Expected at least {needed_bytes / 2**20:.1f} MiB: "
+            f"two sequences of {max_model_len} tokens, one on its way out and one on its way in. Raise it, lower "
+            "`model.max_model_len`, or set 0, which takes a size that works."
+        )
+        self.needed_bytes = needed_bytes
 
 
 class ForwardFailed(EngineError):

@@ -52,9 +52,17 @@ class _Result:
 class TieredStore:
     """All calls from the engine thread; `DiskTier` belongs to the store's own thread from here on."""
 
-    def __init__(self, host: HostTier, disk: DiskTier | None = None, *, pages: Callable[[int], memoryview]) -> None:
-        """`pages(block_id)`: the bytes of a block of the region."""
+    def __init__(
+        self,
+        host: HostTier,
+        disk: DiskTier | None = None,
+        *,
+        pages: Callable[[int], memoryview],
+        landed: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`pages(block_id)`: the bytes of a block of the region. `landed` is told of each that was written into."""
         self._pages = pages
+        self._landed = landed
         self._stats = TierStats()
         self._host = host
         self._disk = disk
@@ -100,6 +108,8 @@ class TieredStore:
     def restore(self, key: bytes, block_id: int) -> bool:
         """Copy a block from host memory into the region, verified. False: compute it; the block may be garbage."""
         found = self._host.read_into(key, self._pages(block_id))
+        if found:
+            self._landed(block_id)
         self._stats.restored += found is True
         self._stats.damaged += found is False
         return found is True
