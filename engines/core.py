@@ -288,6 +288,7 @@ class EngineCore:
         self._scheduler.complete(plan, {item.sequence.seq_id: item.token_ids for item in sampled})
         self._figures.sampled(plan, sampled)
         self._after_step(plan, sampled)
+        self._reader.stepped(plan, began_s=now)
         self._measure(plan, now)
         return True
 
@@ -422,6 +423,7 @@ class EngineCore:
     def _move(self, sequence: Sequence) -> None:
         """It leaves for another decode worker; its blocks come back when that one has it, or nobody takes it."""
         self._stop_sequence(sequence)
+        self._reader.left(sequence.rid)
         offset = sequence.num_computed_tokens % self._block_size
         if offset:  # as in `_forward`: no other sequence's KV leaves with it
             self._runner.zero_tail(sequence.block_table[sequence.num_computed_tokens // self._block_size], offset)

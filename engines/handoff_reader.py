@@ -21,8 +21,10 @@ from engines.sequence import Sequence
 from engines.transfer_state import TransferState, decode_state
 from kvstore import transport as kv
 from kvstore.blocks import OutOfBlocks
+from kvstore.transport.settings import host_id
 
 if TYPE_CHECKING:
+    from engines.scheduler.plan import StepPlan
     from kvstore.blocks import BlockPool
     from kvstore.clock import Clock
 
@@ -31,13 +33,15 @@ TOO_LARGE = "too_large"  # the whole pool here has fewer blocks: waiting cannot 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Verified KV that waits for the front's word."""
+    """Verified KV that waits for the front's word. `verified_s` and, from this host, `computed_s`: see `Stepped`."""
 
     rid: str
     blocks: list[int]
     num_tokens: int
     state: TransferState
     deadline_s: float
+    verified_s: float = 0.0
+    computed_s: float | None = None
 
 
 class HandoffReader:
@@ -64,6 +68,8 @@ class HandoffReader:
         self._may_admit = may_admit
         self._copy_blocks = copy_blocks
         self._clock = clock
+        self._host_id = host_id()
+        self._joining: dict[str, tuple[int, Arrival]] = {}  # promoted, and in no step yet
         self._promised: dict[str, str] = {}  # xfer -> rid, until it arrives or is lost
         self._arrivals: dict[str, Arrival] = {}
 
@@ -98,7 +104,13 @@ class HandoffReader:
         state = decode_state(event.state)
         self._promised.pop(event.xfer, None)
         self._arrivals[event.xfer] = Arrival(
-            event.rid, list(event.blocks), event.num_tokens, state, self._clock() + state.deadline_s
+            event.rid,
+            list(event.blocks),
+            event.num_tokens,
+            state,
+            self._clock() + state.deadline_s,
+            event.verified_s,
+            state.computed_s if state.host_id == self._host_id else None,
         )
         self._send(
             messages.Arrived(
@@ -130,7 +142,23 @@ class HandoffReader:
         if arrival is None or arrival.rid != rid:
             return []
         self._kv.settle(xfer, True)
+        self._joining[rid] = (epoch, arrival)
         return self.fork(arrival, epoch)
+
+    def stepped(self, plan: StepPlan, *, began_s: float) -> None:
+        """A step is over: tell the front of sequences whose first one it was."""
+        if not self._joining:
+            return
+        for item in plan.scheduled:
+            epoch, arrival = self._joining.pop(item.sequence.rid, (0, None))
+            if arrival is not None:
+                self._send(
+                    messages.Stepped(arrival.rid, epoch, arrival.verified_s, began_s, self._clock(), arrival.computed_s)
+                )
+
+    def left(self, rid: str) -> None:
+        """It will make no first step here."""
+        self._joining.pop(rid, None)
 
     def refuse(self, rid: str, xfer: str) -> None:
         """The front's `handoff` was not OK."""
@@ -140,6 +168,7 @@ class HandoffReader:
             self._kv.settle(xfer, False)
 
     def refuse_all(self, rid: str) -> None:
+        self.left(rid)
         for xfer in [xfer for xfer, arrival in self._arrivals.items() if arrival.rid == rid]:
             self.refuse(rid, xfer)
 

@@ -22,6 +22,7 @@ from engines.scheduler.pressure import DecodePressure
 from engines.sequence import Sequence
 from engines.transfer_state import TransferState, encode_state
 from kvstore import transport as kv
+from kvstore.transport.settings import host_id
 
 if TYPE_CHECKING:
     from kvstore.blocks import BlockPool
@@ -71,7 +72,8 @@ class Outgoing:
     choices: list[list[int]] = field(default_factory=list)
     num_pushed_blocks: int = 0
     num_bytes: int = 0
-    stamps_s: dict[str, float] = field(default_factory=dict)
+    granted_s: float = 0.0  # first grant
+    computed_s: float = 0.0
 
     @property
     def patience_s(self) -> float:
@@ -111,6 +113,7 @@ class HandoffWriter:
         self._schedule = schedule
         self._unschedule = unschedule
         self._clock = clock
+        self._host_id = host_id()
         self._pressure = pressure or DecodePressure()
         self._by_rid: dict[str, Outgoing] = {}
         self._by_xfer: dict[str, Outgoing] = {}
@@ -133,7 +136,7 @@ class HandoffWriter:
         if add.rid in self._by_rid:
             return
         now = self._clock()
-        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, num_tokens, stamps_s={"added": now})
+        self._by_rid[add.rid] = Outgoing(add, sequence, num_blocks, now, num_tokens)
         self.seek()
 
     def move(self, add: Add, sequence: Sequence, *, num_blocks: int) -> None:
@@ -148,7 +151,7 @@ class HandoffWriter:
             is_computed=True,
             is_move=True,
             choices=add.choices,
-            stamps_s={"added": now, "computed": now},
+            computed_s=now,
         )
         self.seek()
 
@@ -203,7 +206,6 @@ class HandoffWriter:
         out.node = target.node
         out.num_pushed_blocks = 0
         out.advance(PushPhase.RESERVING)
-        out.stamps_s.setdefault("reserve", self._clock())
         self._by_xfer[out.xfer] = out
         self._kv.reserve(
             target.address,
@@ -223,7 +225,7 @@ class HandoffWriter:
         out.advance(PushPhase.GRANTED)
         self._pressure.granted()
         out.attempt += 1
-        out.stamps_s["granted"] = self._clock()
+        out.granted_s = out.granted_s or self._clock()  # what a failed push costs counts as transfer
         self._send(Granted(out.add.rid, out.xfer, out.node, out.attempt))
         if out.is_computed:
             self._push_rest(out)
@@ -288,7 +290,6 @@ class HandoffWriter:
         """Layers [lo, hi) of these blocks are computed: send them while later layers compute."""
         for out, pairs in batches:
             if out.phase is PushPhase.GRANTED:
-                out.stamps_s.setdefault("push", self._clock())
                 self._kv.push(out.xfer, pairs, lo, hi)
 
     def step_pushed(self, batches: list[tuple[Outgoing, list[tuple[int, int]]]]) -> None:
@@ -303,7 +304,7 @@ class HandoffWriter:
         if out is None:
             return
         out.is_computed, out.choices = True, choices or out.add.choices
-        out.stamps_s["computed"] = self._clock()
+        out.computed_s = self._clock()
         if out.phase is PushPhase.GRANTED:
             self._push_rest(out)
             self._commit(out)
@@ -335,10 +336,11 @@ class HandoffWriter:
             add.tenant,
             add.priority,
             sequence.num_preemptions,
+            self._host_id,
+            out.computed_s,
         )
         num_kv_blocks = -(-sequence.num_computed_tokens // self._block_size)
         out.advance(PushPhase.COMMITTED)
-        out.stamps_s["commit"] = self._clock()
         self._kv.commit(
             out.xfer,
             src_blocks=sequence.block_table[:num_kv_blocks],
@@ -395,14 +397,6 @@ class HandoffWriter:
             self._pool.free(blocks)
 
     def _report(self, out: Outgoing, outcome: str, reason: str) -> None:
-        now, at = self._clock(), out.stamps_s
-        computed = at.get("computed", now)
-        timings = {
-            "reserve": at.get("granted", now) - at["added"],
-            "prefill": computed - at.get("granted", computed),
-            "transfer": now - at.get("commit", now),
-            "hidden": max(computed - at["push"], 0.0) if "push" in at else 0.0,
-        }
         self._send(
             Pushed(
                 rid=out.add.rid,
@@ -410,6 +404,7 @@ class HandoffWriter:
                 outcome=outcome,  # type: ignore[arg-type]
                 reason=reason,
                 num_bytes=out.num_bytes,
-                timings_ms={name: seconds * 1e3 for name, seconds in timings.items()},
+                granted_s=out.granted_s,
+                computed_s=out.computed_s,
             )
         )

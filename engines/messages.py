@@ -209,14 +209,32 @@ class Arrived(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Pushed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """End of a push: `handed`, `refused` (the receiver's handoff was not OK) or `failed` (no receiver took it)."""
+    """End of a push: `handed`, `refused` (the receiver's handoff was not OK) or `failed` (no receiver took it).
+
+    `granted_s`, `computed_s`: first grant, prompt computed; on this host's monotonic clock, 0 where it never was.
+    """
 
     rid: str
     xfer: str
     outcome: Literal["handed", "refused", "failed"]
     reason: str = ""
     num_bytes: int = 0
-    timings_ms: dict[str, float] = {}
+    granted_s: float = 0.0
+    computed_s: float = 0.0
+
+
+class Stepped(msgspec.Struct, frozen=True, tag=True):
+    """The first step of a sequence that was handed over is over. Times are on this host's monotonic clock.
+
+    `computed_s` is the prefill worker's stamp, None where it runs on another host.
+    """
+
+    rid: str
+    epoch: int
+    verified_s: float
+    began_s: float
+    ended_s: float
+    computed_s: float | None = None
 
 
 class ArrivalLost(msgspec.Struct, frozen=True, tag=True):
@@ -260,7 +278,19 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 EngineMessage = (
-    Ready | Tokens | Granted | NoGrant | Incoming | Arrived | ArrivalLost | Pushed | Preempted | Kept | Failed | Stats
+    Ready
+    | Tokens
+    | Granted
+    | NoGrant
+    | Incoming
+    | Arrived
+    | Stepped
+    | ArrivalLost
+    | Pushed
+    | Preempted
+    | Kept
+    | Failed
+    | Stats
 )
 
 FRAME_HEADER = struct.Struct("<I")

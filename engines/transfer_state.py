@@ -23,6 +23,8 @@ class TransferState(msgspec.Struct, frozen=True, array_like=True):
     tenant: str = ""
     priority: int = 0
     num_preemptions: int = 0  # so far, over all workers
+    host_id: str = ""  # of the sender, whose monotonic clock `computed_s` is on: of use on that host only
+    computed_s: float = 0.0  # when the last token of `choices` was there
 
 
 encode_state = msgspec.msgpack.Encoder().encode

@@ -277,4 +277,4 @@ class Gateway:
             self._unobserved.discard(rid)
             record = self.store.record(rid)
             if record is not None:
-                self.metrics.observe_stamps(record.stamps)
+                self.metrics.observe_record(record)

@@ -13,15 +13,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvstore.errors import KVStoreError
-from kvstore.state.records import WorkerBeat
+from kvstore.state.phases import PHASES, closure_ms, phases_ms
+from kvstore.state.records import Record, WorkerBeat
 
 BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# Phase: stamps of the record between which it lies.
-PHASES: Final = {
-    "queue": ("queued", "claimed"),
-    "prefill": ("prefill_start", "prefill_end"),
-    "transfer": ("prefill_end", "transferred"),
-    "decode_wait": ("transferred", "handed"),
+TIMES: Final = {
+    **PHASES,
+    "handoff": "First token sampled until the first decode step begins: transfer and decode_wait",
+    "ttft": "Arrival until the first token event",
+    "itl": "Gap between two token events of a choice",
+    "e2e": "Arrival until the end",
 }
 
 
@@ -43,41 +44,41 @@ class GatewayMetrics:
         self.refused = Counter("celeriac_refused", "Calls refused early", ["reason"], registry=self.registry)
         self.prompt_tokens = Counter("celeriac_prompt_tokens", "Prompt tokens accepted", registry=self.registry)
         self.output_tokens = Counter("celeriac_output_tokens", "Output tokens delivered", registry=self.registry)
-        self._phases = {
+        self._times = {
             name: Histogram(f"celeriac_{name}_seconds", help_text, buckets=BUCKETS_S, registry=self.registry)
-            for name, help_text in (
-                ("queue", "Accepted until claimed"),
-                ("prefill", "Prefill computation"),
-                ("transfer", "Prefill done until its KV has arrived"),
-                ("decode_wait", "KV arrived until the decode worker owns the request"),
-                ("ttft", "Arrival until the first token event"),
-                ("itl", "Gap between two token events of a choice"),
-                ("e2e", "Arrival until the end"),
-            )
+            for name, help_text in TIMES.items()
         }
         self.registry.register(_WorkerCollector(store))
 
-    def observe(self, phase: str, seconds: float) -> None:
-        """One observation of `queue`, `prefill`, `transfer`, `decode_wait`, `ttft`, `itl` or `e2e`."""
-        self._phases[phase].observe(max(0.0, seconds))
+    def observe(self, name: str, seconds: float) -> None:
+        """One observation of a name of `TIMES`."""
+        self._times[name].observe(max(0.0, seconds))
 
-    def observe_stamps(self, stamps_ms: Mapping[str, int]) -> None:
+    def observe_record(self, record: Record) -> None:
         """The phases that a finished record shows."""
-        for phase, duration_ms in phase_durations_ms(stamps_ms).items():
-            self.observe(phase, duration_ms / 1000)
+        for name, duration_ms in record_timings_ms(record).items():
+            if name in PHASES or name == "handoff":
+                self.observe(name, duration_ms / 1000)
 
     def text(self) -> bytes:
         """The exposition of this moment."""
         return generate_latest(self.registry)
 
 
-def phase_durations_ms(stamps_ms: Mapping[str, int]) -> dict[str, int]:
-    """Durations of the phases whose two stamps are there."""
-    return {
-        phase: max(0, stamps_ms[end] - stamps_ms[start])
-        for phase, (start, end) in PHASES.items()
-        if start in stamps_ms and end in stamps_ms
-    }
+def record_timings_ms(record: Record) -> dict[str, float]:
+    """What a record tells of its times: the phases that are over, sums of them, and `closure` (kvstore.state.phases).
+
+    `handoff` is transfer + decode_wait; `ttft` and `total` run from the acceptance, on the state server's clock.
+    """
+    stamps = record.stamps
+    timings = phases_ms(stamps, record.prefill_spans, record.decode_spans)
+    if "transfer" in timings and "decode_wait" in timings:
+        timings["handoff"] = timings["transfer"] + timings["decode_wait"]
+    for name, end in (("ttft", "first_token"), ("total", "finished")):
+        if "queued" in stamps and end in stamps:
+            timings[name] = stamps[end] - stamps["queued"]
+    closure = closure_ms(stamps, record.prefill_spans, record.decode_spans)
+    return timings if closure is None else {**timings, "closure": closure}
 
 
 class _WorkerCollector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from flask import Blueprint, Response, g, request
 
@@ -15,7 +15,7 @@ from webapp.app import gateway_of, json_answer, no_options
 from webapp.errors import ApiError, InvalidRequest, Overloaded
 from webapp.gateway import Gateway
 from webapp.generate import PREFIXES, stream_answer
-from webapp.metrics import phase_durations_ms
+from webapp.metrics import record_timings_ms
 from webapp.openai.answers import make_writer
 from webapp.openai.call import Prompt
 from webapp.openai.tool_answers import ToolWriter
@@ -23,12 +23,6 @@ from webapp.serving import Serving
 from webapp.streaming.position import Position, read_position
 
 routes = Blueprint("requests", __name__)
-
-_SPANS: Final = {
-    "ttft": ("queued", "first_token"),
-    "decode": ("first_token", "finished"),
-    "total": ("queued", "finished"),
-}
 
 
 @routes.get("/v1/requests", **no_options())
@@ -110,10 +104,7 @@ def describe(gateway: Gateway, record: Record) -> dict[str, Any]:
     if record.state == RequestState.PREFILLING and record.phase == "transferring":
         state = "transferring"
     is_final = record.state in FINAL_STATES
-    timings = phase_durations_ms(record.stamps)
-    for name, (start, end) in _SPANS.items():
-        if start in record.stamps and end in record.stamps:
-            timings[name] = max(0, record.stamps[end] - record.stamps[start])
+    timings = {name: round(duration_ms, 3) for name, duration_ms in record_timings_ms(record).items()}
     failed = is_final and record.state != RequestState.FINISHED
     return {
         "id": PREFIXES[notes.api] + record.rid,

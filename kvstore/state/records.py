@@ -9,6 +9,7 @@ import msgspec
 from kvstore.address import KVAddress
 from kvstore.errors import BadRecord
 from kvstore.overdue import OverdueWriter
+from kvstore.state.phases import DecodeSpans, PrefillSpans, decode_spans
 from kvstore.state.transitions import RequestState
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -63,7 +64,8 @@ class Record:
     Attributes:
         owners: owner token -> lease end.
         n, fin: per choice.
-        stamps: queued, claimed, prefill_start, prefill_end, granted, transferred, handed, first_token, finished, ...
+        stamps: queued, claimed, handed, first_token, finished; to the microsecond.
+        prefill_spans, decode_spans: what the workers measured (`kvstore.state.phases`).
     """
 
     rid: str
@@ -79,7 +81,9 @@ class Record:
     n: list[int]
     fin: list[bool]
     body: RequestBody
-    stamps: dict[str, int] = field(default_factory=dict)
+    stamps: dict[str, float] = field(default_factory=dict)
+    prefill_spans: PrefillSpans | None = None
+    decode_spans: DecodeSpans | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,7 @@ def record_from(rid: str, flat: list[bytes]) -> Record:
         BadRecord: a field is missing or unreadable.
     """
     fields = dict(zip((name.decode() for name in flat[::2]), flat[1::2], strict=True))
+    prefill_spans, decode_spans_ = decode_spans({name[2:]: v for name, v in fields.items() if name.startswith("m:")})
     try:
         k = int(fields["k"])
         return Record(
@@ -195,7 +200,9 @@ def record_from(rid: str, flat: list[bytes]) -> Record:
                 gateway=fields["gateway"].decode(),
                 meta=fields["meta"],
             ),
-            stamps={name[2:]: int(float(value)) for name, value in fields.items() if name.startswith("t:")},
+            stamps={name[2:]: float(value) for name, value in fields.items() if name.startswith("t:")},
+            prefill_spans=prefill_spans,
+            decode_spans=decode_spans_,
         )
     except (KeyError, ValueError, msgspec.DecodeError) as error:
         raise BadRecord(rid=rid, why=f"{type(error).__name__}: {error}") from error

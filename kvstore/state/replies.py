@@ -117,7 +117,7 @@ class Attached:
 class Claimed:
     """The caller owns it at `epoch`, and has all it needs but the ids so far (`read_ids` where any n > 0).
 
-    `crash_attempts` >= 2: run it alone.
+    `crash_attempts` >= 2: run it alone. `claimed_ms`: when, by the server's clock.
     """
 
     epoch: int
@@ -129,6 +129,7 @@ class Claimed:
     remaining_s: float
     turns: list[Turn]
     fin: list[bool]
+    claimed_ms: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from kvstore.state.handles import find as find_handle
 from kvstore.state.handles import put as put_handles
 from kvstore.state.keys import REGISTRY_KEY, checked_name, live_key, new_request_id, record_key, shard_of
 from kvstore.state.parsing import code_of, common, no_stale, turns_of
+from kvstore.state.phases import NAMES, Spans, encode_spans
 from kvstore.state.records import AppendItem, NewRequest, Record, RenewItem, WorkerBeat, accept_arguments, record_from
 from kvstore.state.replies import (
     Accepted,
@@ -139,6 +140,7 @@ class StateStore:
             remaining_s=int(reply[1]) / 1000,
             turns=turns_of(reply[3]),
             fin=record.fin,
+            claimed_ms=record.stamps.get("claimed", 0.0),
         )
 
     def append_batch(self, items: Sequence[AppendItem]) -> list[AppendReply]:
@@ -194,15 +196,18 @@ class StateStore:
         reply = self._call("finish", rid, epoch, token, reason)
         return Ok() if code_of(reply) == "OK" else common(rid, reply)
 
-    def set_phase(self, rid: str, phase: str, **ages_s: float) -> None:
-        """For display and timings: the phase ("" keeps it), and stamps `name=seconds ago` (0.0 is now).
+    def set_phase(self, rid: str, phase: str) -> None:
+        """For display only. No record, or a final one: nothing happens."""
+        self._call("phase", rid, phase)
 
-        Ages, because two machines share no clock; the server's clock makes them times. No record: nothing happens.
-        """
-        words: list[str | int] = []
-        for name, age_s in ages_s.items():
-            words += [name, round(age_s * 1000)]
-        self._call("phase", rid, phase, *words)
+    def set_spans(self, rid: str, spans: Spans) -> None:
+        """What this worker measured of the request's phases; also of one that has ended. No record: nothing happens."""
+        self._call("phase", rid, "", NAMES[type(spans)], encode_spans(spans))
+
+    def server_time_ms(self) -> float:
+        """The clock that all stamps of records are on, to the microsecond."""
+        seconds, microseconds = self._connection.command("TIME")
+        return int(seconds) * 1000 + int(microseconds) / 1000
 
     # ------------------------------------------------------------------ reaper, supervisor
     def reap(self, shard: int, *, idle: bool) -> Reaped:

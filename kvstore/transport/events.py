@@ -25,6 +25,7 @@ class Arrived:
 
     `blocks` are all of the grant, in its order; the first ones hold `num_tokens` tokens. `transfer_s` is the time
     spent moving `num_bytes`: copying at the writer (shm), or receiving here (tcp); waits for compute are not in it.
+    `verified_s` is when it held, on the node's clock: the engine may hear of it a step later.
     """
 
     xfer: str
@@ -36,6 +37,7 @@ class Arrived:
     state: bytes
     num_bytes: int
     transfer_s: float
+    verified_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

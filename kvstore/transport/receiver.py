@@ -358,8 +358,9 @@ class ReceiverSide:
             group.incomplete_since_s = None
             xfer, num_bytes = group.xfer, sum(c.num_bytes for c in commits)
             moving_s = max(one.moving_s for one in landings)
+        tokens, state, now_s = commit.num_tokens, commit.state, self._context.clock()
         self._context.emit(
-            Arrived(xfer, r.rid, r.epoch, r.token, grant.blocks, commit.num_tokens, commit.state, num_bytes, moving_s)
+            Arrived(xfer, r.rid, r.epoch, r.token, grant.blocks, tokens, state, num_bytes, moving_s, now_s)
         )
 
     def _verify(self, xfer: str) -> Iterator[None]:

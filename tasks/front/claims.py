@@ -188,6 +188,7 @@ class Claims:
             started_s=now,
             engine_epoch=claimed.epoch,
             attempts=claimed.attempts,
+            claimed_s=ctx.server_clock.local_s(claimed.claimed_ms, at_most_s=now),
             jobs=hand.jobs,
         )
         ctx.live[hand.rid] = request

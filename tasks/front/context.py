@@ -10,6 +10,7 @@ from configs.schema import Settings
 from engines.messages import Ready, Stats
 from engines.tokenizer import Tokenizer
 from kvstore.clock import Clock
+from kvstore.state.server_clock import ServerClock
 from tasks.front.link import EngineLink
 from tasks.front.ports import HubPort
 from tasks.front.requests import LiveRequest
@@ -74,6 +75,7 @@ class FrontContext:
     dirty: set[LiveRequest] = field(default_factory=set)
     ready: Ready | None = None
     stats: Stats | None = None
+    server_clock: ServerClock = field(default_factory=ServerClock)
     is_draining: bool = False
 
     @property

@@ -29,6 +29,7 @@ from tasks.front.publisher import Publisher
 from tasks.front.registry import Registry
 from tasks.front.renewals import Renewals
 from tasks.front.reports import EngineReports
+from tasks.front.spans import PhaseSpans
 from tasks.front.timers import RepeatedCalls, Timers
 from tasks.names import Identity
 from tasks.options import WorkerOptions
@@ -75,9 +76,10 @@ class FrontParts:
         self.renewals = Renewals(ctx, self.ends, self.publisher)
         self.prefixes = Prefixes(ctx, lambda: configs.secrets(settings))
         self.claims = Claims(ctx, self.ends, self.peers, self.prefixes)
-        self.reports = EngineReports(ctx, self.ends, self.peers)
+        self.spans = PhaseSpans(ctx)
+        self.reports = EngineReports(ctx, self.ends, self.peers, self.spans)
         self.arrivals = Arrivals(ctx, self.ends)
-        self.registry = Registry(ctx, self.peers, self.prefixes)
+        self.registry = Registry(ctx, self.peers, self.prefixes, self.spans)
         self.life = EngineLife(
             ctx,
             ends=self.ends,
@@ -98,6 +100,7 @@ class FrontParts:
             messages.Failed: self.reports.on_failed,
             messages.Incoming: self.arrivals.on_incoming,
             messages.Arrived: self.arrivals.on_arrived,
+            messages.Stepped: self.spans.on_stepped,
             messages.ArrivalLost: self.arrivals.on_lost,
             messages.Stats: self._on_stats,
         }

@@ -11,6 +11,7 @@ from kvstore.state.records import WorkerBeat
 from tasks.front.context import FrontContext
 from tasks.front.peers import PeerTable
 from tasks.front.prefixes import Prefixes
+from tasks.front.spans import PhaseSpans
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +19,13 @@ BEAT_EVERY_S = 0.5
 
 
 class Registry:
-    """Output thread. One beat is one call; a worker that pushes reads the others' in a second one."""
+    """Output thread. A beat is one call, the server's time another; who pushes reads the others' beats in a third."""
 
-    def __init__(self, ctx: FrontContext, peers: PeerTable, prefixes: Prefixes) -> None:
+    def __init__(self, ctx: FrontContext, peers: PeerTable, prefixes: Prefixes, spans: PhaseSpans) -> None:
         self._ctx = ctx
         self._peers = peers
         self._prefixes = prefixes
+        self._spans = spans
         self._due_s = ctx.clock()
 
     def next_s(self) -> float:
@@ -45,6 +47,7 @@ class Registry:
             if ctx.options.role != "both":
                 self._refresh_peers()
             self._prefixes.register()
+            self._spans.probe()
         except StateUnavailable:
             return  # the next beat is half a second away
         except (KVStoreError, SecretError) as error:

@@ -10,6 +10,7 @@ from tasks.front.context import FrontContext
 from tasks.front.ends import NO_PAGES_WAIT_S, RequestEnds
 from tasks.front.peers import PeerTable
 from tasks.front.requests import LiveRequest, Phase, set_cursors
+from tasks.front.spans import PhaseSpans
 from tasks.names import decode_queue
 
 MAX_ENGINE_ATTEMPTS = 3  # an engine error that may pass does not pass for ever
@@ -20,10 +21,11 @@ log = logging.getLogger(__name__)
 class EngineReports:
     """Output thread. A report of a request that has left meanwhile is ignored: the engine was told to drop it."""
 
-    def __init__(self, ctx: FrontContext, ends: RequestEnds, peers: PeerTable) -> None:
+    def __init__(self, ctx: FrontContext, ends: RequestEnds, peers: PeerTable, spans: PhaseSpans) -> None:
         self._ctx = ctx
         self._ends = ends
         self._peers = peers
+        self._spans = spans
 
     def on_tokens(self, message: Tokens) -> None:
         ctx = self._ctx
@@ -46,7 +48,7 @@ class EngineReports:
     def _hand_to_self(self, request: LiveRequest) -> None:
         """Role both: prompt computed, from here on it decodes, under a token of its own."""
         ctx, rid, epoch, former = self._ctx, request.rid, request.epoch, request.token
-        token = ctx.identity.next_token()
+        token, computed_s = ctx.identity.next_token(), ctx.clock()
         request.advance(Phase.HANDING)
 
         def answered(reply: HandedOff | Stale | Final | Gone) -> None:
@@ -62,6 +64,7 @@ class EngineReports:
             set_cursors(request, reply)
             ctx.dirty.add(request)
             ctx.link.send(Owner(rid, reply.epoch, token))
+            self._spans.handed_to_self(request, computed_s)
 
         ctx.calls.do(f"handoff {rid} to itself", lambda: ctx.store.handoff(rid, epoch, former, token), answered)
 
@@ -98,21 +101,9 @@ class EngineReports:
             is_from_prefill = request.mode == "push"
             self._ends.finished(request, "handed")
             if is_from_prefill:
-                self._stamp(message)
+                self._spans.pushed(request, message)
         else:
             self._ends.released(request, f"push {message.outcome}: {message.reason}", wait_s=NO_PAGES_WAIT_S)
-
-    def _stamp(self, message: Pushed) -> None:
-        """Times of the phases, for people; the ages are counted back from now."""
-        ctx, ms = self._ctx, message.timings_ms
-        transfer_s, prefill_s = ms.get("transfer", 0.0) / 1e3, ms.get("prefill", 0.0) / 1e3
-        stamps = {
-            "transferred": 0.0,
-            "prefill_end": transfer_s,
-            "prefill_start": transfer_s + prefill_s,
-            "granted": transfer_s + prefill_s,
-        }
-        ctx.calls.do(f"stamp {message.rid}", lambda: ctx.store.set_phase(message.rid, "", **stamps), lambda _: None)
 
     def on_failed(self, message: Failed) -> None:
         request = self._ctx.live.get(message.rid)

@@ -135,7 +135,7 @@ class LiveRequest:
     Attributes:
         mode: push (prefill, to be handed over), local (role both), arrived (handed to us).
         jobs: Celery tasks that show it; none if the message has not come yet.
-        deadline_s, started_s: on this process's clock.
+        deadline_s, started_s, claimed_s: on this process's clock; `claimed_s` of a claim only, when the record says so.
         engine_epoch: epoch that the engine was told; tokens of another one are of a former stay of this request.
         attempts: claims so far, this one included.
         is_moving: it decodes here, and another decode worker has promised blocks for it.
@@ -152,6 +152,7 @@ class LiveRequest:
     started_s: float
     engine_epoch: int
     attempts: int = 1
+    claimed_s: float = 0.0
     is_moving: bool = False
     jobs: list[JobPort] = field(default_factory=list)
 

@@ -30,6 +30,7 @@ from kvstore.state import (
 )
 from kvstore.state.hashing import hash_of
 from kvstore.state.keys import log_key, record_key
+from kvstore.state.phases import DecodeSpans, PrefillSpans
 from tests.conftest import ClockedStore
 from tests.contract.state_requests import FIN, Owned, accepted, claimed, item, make_request, prefilling, state_of
 
@@ -314,7 +315,7 @@ def test_stamps_tell_when_each_part_of_the_life_began(clocked: ClockedStore) -> 
     begin = clocked.now_ms
     owned = prefilling(clocked.store)
     clocked.advance(1.0)
-    clocked.store.set_phase(owned.rid, "transferring", granted=0.25)
+    clocked.store.set_phase(owned.rid, "transferring")
     clocked.store.append_batch([item(owned, [7])])
     clocked.advance(1.0)
     clocked.store.handoff(owned.rid, owned.epoch, owned.token, "d-1.1")
@@ -324,11 +325,39 @@ def test_stamps_tell_when_each_part_of_the_life_began(clocked: ClockedStore) -> 
     assert {name: at - begin for name, at in record.stamps.items()} == {
         "queued": 0,
         "claimed": 0,
-        "granted": 750,
         "first_token": 1000,
         "handed": 2000,
     }
     assert record.phase == "decoding"
+
+
+def test_spans_that_workers_measured_are_kept_also_after_the_end(state_store: StateStore) -> None:
+    prefill = PrefillSpans(epoch=2, prefill_ms=20.5, computed_ms=1035.0, reserve_ms=5.0)
+    decode = DecodeSpans(epoch=3, decode_wait_ms=4.0, first_step_ms=6.0, verified_ms=1038.0, stepped_ms=1048.0)
+    owned = prefilling(state_store)
+    state_store.set_spans(owned.rid, prefill)
+    state_store.finish(owned.rid, owned.epoch, owned.token, "internal_error")
+    state_store.set_spans(owned.rid, decode)
+    state_store.set_spans("nobody-s00", decode)
+
+    record = state_store.record(owned.rid)
+    assert record is not None
+    assert (record.state, record.phase) == (RequestState.FAILED, "failed")
+    assert (record.prefill_spans, record.decode_spans) == (prefill, decode)
+    assert state_store.record("nobody-s00") is None
+
+
+def test_stamps_are_on_the_clock_that_the_server_tells_to_the_microsecond(state_store: StateStore) -> None:
+    before_ms = state_store.server_time_ms()
+    rids = [accepted(state_store) for _ in range(8)]
+    claim = claimed(state_store, rids[-1], "p-1.1")
+    after_ms = state_store.server_time_ms()
+
+    records = [record for rid in rids if (record := state_store.record(rid)) is not None]
+    stamps = [record.stamps["queued"] for record in records]
+    # A call of the library sees the time of its start, cached; the command TIME the time of its answer.
+    assert [before_ms, *stamps, claim.claimed_ms, after_ms] == sorted([before_ms, *stamps, claim.claimed_ms, after_ms])
+    assert len({round(stamp * 1000) % 1000 for stamp in stamps}) > 1, "whole milliseconds"
 
 
 def test_requests_are_counted_by_state(state_store: StateStore) -> None:

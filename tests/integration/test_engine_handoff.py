@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engines.kv_region import KVTensor
-from engines.messages import Arrived, Drop
+from engines.messages import Arrived, Drop, EngineMessage, Stepped
 from tests.cluster import TINY_CHAT
 from tests.contract.transport_helpers import PROTOCOLS
 from tests.engine_pair import EnginePair
@@ -71,6 +71,27 @@ def test_a_transfer_whose_tail_was_not_zeroed_is_seen_by_the_test(pair: EnginePa
     pair.run(lambda: bool(pair.decode.engine.core._reader._arrivals))
 
     assert _tail(pair).isnan().any()
+
+
+def test_the_first_decode_step_of_a_sequence_is_told_once_with_its_stamps_in_order(pair: EnginePair) -> None:
+    told: list[Stepped] = []
+    take = pair.decode.take
+
+    def take_steps() -> list[EngineMessage]:
+        fresh = take()
+        told.extend(message for message in fresh if isinstance(message, Stepped))
+        return fresh
+
+    vars(pair.decode)["take"] = take_steps
+    for i, rid in enumerate(("a", "b")):
+        pair.add(rid, PROMPTS[i]["prompt_ids"])
+    _run(pair, "a", "b")
+
+    assert sorted(message.rid for message in told) == ["a", "b"]
+    for message in told:
+        assert message.computed_s is not None, "both engines are on this host"
+        assert message.computed_s < message.verified_s < message.began_s < message.ended_s
+    assert pair.decode.engine.core._reader._joining == {}
 
 
 def test_prompts_of_every_length_around_a_block_are_exact(pair: EnginePair) -> None:

@@ -18,11 +18,12 @@
 --   cel:{w}:workers            zset    for ever                    incarnations; score: end of the registry lease
 --   cel:{w}:worker:<inc>       hash    60 s                        field beat: msgpack WorkerBeat
 --
--- Fields of a record (times in ms of this server's TIME): schema state epoch owners "<token>=<lease end>,..." attempts
--- crash_attempts deadline wake_n wakes wake_at woken_at patience seed params prompt_ids tenant priority gateway model
--- k n:<c> h:<c> f:<c> reason phase body_hash meta t:<stamp>.
+-- Fields of a record (times in ms of this server's TIME, stamps t: to the microsecond; m: what a worker measured):
+-- schema state epoch owners "<token>=<lease end>,..." attempts crash_attempts deadline wake_n wakes wake_at woken_at
+-- patience seed params prompt_ids tenant priority gateway model
+-- k n:<c> h:<c> f:<c> reason phase body_hash meta t:<stamp> m:<worker>.
 -- Prefix hashes are 63-bit and do not fit a Lua number: they are decimal strings, only ever compared.
-local BUILD = 1
+local BUILD = 2
 local SCHEMA = '1'
 local LEASE_MS = 2000
 local REAP_GAP_MS = 1000      -- nobody reaped for so long: an outage, give the owners one lease of grace
@@ -39,13 +40,15 @@ local OPEN = {QUEUED = true, PREFILLING = true, DECODING = true}
 -- clock: begin (the storms of tests/protocol replace this function, kvstore.state.library.with_test_clock)
 local function now_ms()
   local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  return t[1] * 1000 + t[2] / 1000
 end
 -- clock: end
 
--- One call's context: key prefix, time, feed hints and turns that it collects.
+-- One call's context: key prefix, time (whole ms, and as a stamp), feed hints and turns that it collects.
 local function begin(keys)
-  return {p = string.match(keys[1], '^(.*:)[^:]*$'), now = now_ms(), hints = {}, turns = {}, expired = {}}
+  local at = now_ms()
+  return {p = string.match(keys[1], '^(.*:)[^:]*$'), now = math.floor(at), at = string.format('%.3f', at), hints = {},
+    turns = {}, expired = {}}
 end
 
 -- ------------------------------------------------------------------ msgpack, where cmsgpack has no word for it
@@ -122,7 +125,7 @@ local function finish(ctx, rec, state, reason)
     redis.call('EXPIRE', log, FINAL_TTL_S)
   end
   redis.call('HSET', rec.key, 'state', state, 'owners', '', 'reason', reason, 'phase', string.lower(state),
-    't:finished', ctx.now, unpack(closed))
+    't:finished', ctx.at, unpack(closed))
   redis.call('EXPIRE', rec.key, FINAL_TTL_S)
   redis.call('ZREM', ctx.p .. 'live', rec.rid)
   redis.call('ZREM', ctx.p .. 'dispatched', rec.rid)

@@ -22,7 +22,7 @@ local function accept(keys, a)
   local fields = {'schema', SCHEMA, 'state', 'QUEUED', 'epoch', 1, 'owners', '', 'attempts', 0, 'crash_attempts', 0,
     'deadline', deadline, 'seed', a[3], 'params', a[4], 'prompt_ids', a[5], 'tenant', a[6], 'priority', a[7],
     'gateway', a[8], 'model', a[9], 'k', k, 'body_hash', body_hash, 'meta', a[12], 'reason', '', 'phase', 'queued',
-    't:queued', ctx.now, 'wake_n', 0}
+    't:queued', ctx.at, 'wake_n', 0}
   local n = {}
   for c = 0, k - 1 do
     fields[#fields + 1], fields[#fields + 2] = 'n:' .. c, 0
@@ -59,7 +59,7 @@ local function claim(keys, a)
     if rec.state == 'QUEUED' then
       rec.state, rec.epoch, rec.owners = 'PREFILLING', rec.epoch + 1, {}
       redis.call('HINCRBY', rec.key, 'attempts', 1)
-      redis.call('HSET', rec.key, 'state', 'PREFILLING', 'phase', 'prefilling', 'epoch', rec.epoch, 't:claimed', ctx.now)
+      redis.call('HSET', rec.key, 'state', 'PREFILLING', 'phase', 'prefilling', 'epoch', rec.epoch, 't:claimed', ctx.at)
       redis.call('ZREM', ctx.p .. 'dispatched', rec.rid)
       note_claim(ctx)
     elseif not (hedge and rec.state == 'PREFILLING' and num_owners < replicas) then
@@ -81,7 +81,7 @@ local function handoff(keys, a)
   if reply then flush(ctx) return reply end
   if not rec.owners[to] then
     rec.state, rec.epoch, rec.owners = 'DECODING', rec.epoch + 1, {}
-    redis.call('HSET', rec.key, 'state', 'DECODING', 'phase', 'decoding', 'epoch', rec.epoch, 't:handed', ctx.now)
+    redis.call('HSET', rec.key, 'state', 'DECODING', 'phase', 'decoding', 'epoch', rec.epoch, 't:handed', ctx.at)
   end
   rec.owners[to] = ctx.now + LEASE_MS
   redis.call('HSET', rec.key, 'owners', packed(rec.owners))
@@ -127,7 +127,7 @@ local function cancel(keys, a)
   return reply
 end
 
--- Display and timings only: the phase (not of a final record) and stamps, given as ages in ms.
+-- Display and timings only: the phase (not of a final record; '' keeps it) and spans that the caller measured.
 local function phase(keys, a)
   local ctx = begin(keys)
   local _, reply = live(ctx, a[1])
@@ -135,7 +135,7 @@ local function phase(keys, a)
   if reply and reply[1] ~= 'FINAL' then return reply end
   local key = ctx.p .. 'req:' .. a[1]
   if not reply and a[2] ~= '' then redis.call('HSET', key, 'phase', a[2]) end
-  for i = 3, #a, 2 do redis.call('HSET', key, 't:' .. a[i], math.floor(ctx.now - tonumber(a[i + 1]))) end
+  for i = 3, #a, 2 do redis.call('HSET', key, 'm:' .. a[i], a[i + 1]) end
   return {'OK'}
 end
 

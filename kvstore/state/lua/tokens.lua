@@ -24,7 +24,7 @@ local function extend(ctx, rec, c, count, new_hash, tokens, fin, head)
   rec.n = n
   local more = {}
   if fin ~= '' then more[1], more[2] = 'f:' .. c, '1' end
-  if count > 0 and not rec.first then more[#more + 1], more[#more + 2] = 't:first_token', ctx.now end
+  if count > 0 and not rec.first then more[#more + 1], more[#more + 2] = 't:first_token', ctx.at end
   redis.call('HSET', rec.key, 'owners', packed(rec.owners), 'n:' .. c, n, 'h:' .. c, new_hash, unpack(more))
   if fin ~= '' and last_open_choice(rec, tonumber(c)) then
     local ok, entry = pcall(cmsgpack.unpack, fin)

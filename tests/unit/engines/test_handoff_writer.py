@@ -135,6 +135,23 @@ def test_handed_over_blocks_are_free_at_once() -> None:
     assert not rig.writer.knows("r")
 
 
+def test_the_end_of_a_push_tells_when_the_first_grant_came_and_the_prompt_was_computed() -> None:
+    rig = Rig("d0", "d1")
+    sequence = rig.add()
+    rig.clock.advance(1.0)
+    rig.grant()
+    rig.clock.advance(2.0)
+    rig.compute(sequence, 6)
+    rig.clock.advance(4.0)
+    rig.writer.on_failed(PushFailed("p:1", "link lost"))
+    rig.writer.seek()
+    rig.grant()
+    rig.writer.on_handed("p:2")
+
+    (end,) = [said for said in rig.said if isinstance(said, Pushed)]
+    assert (end.granted_s, end.computed_s) == (1.0, 3.0)
+
+
 def test_a_refused_handoff_is_told_and_frees() -> None:
     rig = Rig()
     sequence = rig.add()

@@ -47,7 +47,7 @@ def claimed(*, k: int = 1, n: int = 0, crash_attempts: int = 0, max_tokens: int 
 class Rig:
     def __init__(self, role: Role = "prefill", *, with_peer: bool = True, **answers: Any) -> None:
         self.clock = VirtualClock(100.0)
-        self.store = ScriptedStore(append_batch=lambda items: [Ok()] * len(items), **answers)
+        self.store = ScriptedStore(append_batch=lambda items: [Ok()] * len(items), server_time_ms=0.0, **answers)
         self.hub = RecordingHub()
         settings = Settings()
         settings.model.path = str(TINY_CHAT)

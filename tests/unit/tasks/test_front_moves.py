@@ -43,7 +43,8 @@ def test_a_request_that_moved_ends_here_without_a_release() -> None:
     assert job.words == ["accept", "succeed"]
     assert RID not in rig.parts.ctx.live
     assert rig.store.called("release") == []
-    assert rig.store.called("set_phase") == [], "the times of its prefill are not overwritten"
+    rig.turn(1.0)
+    assert rig.store.called("set_spans") == [], "the times of its prefill are not overwritten"
     assert rig.heard() == []
 
 
