@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from engines.factory import build_engine_model
 from engines.kv_region import KVTensor
+from engines.linear import amx
 from engines.models.llama import LlamaModel
 from engines.params import SamplingParams
 from engines.runner import ModelRunner
@@ -84,16 +87,20 @@ class Recorder(LlamaModel):
 def gate_model(
     folder: Path, linear: str, attention: str, dtype: torch.dtype, *, deterministic: bool = False, device: str = "cpu"
 ) -> LlamaModel:
-    """`attention` by name, also beside native linears: an engine's attention gets the kernels that the model has."""
-    needs_kernels = linear == "native" or attention == "native"
-    model, _ = build_engine_model(
-        folder,
-        dtype=dtype,
-        device=device,
-        linear=linear,
-        kernels="native" if needs_kernels else "torch",
-        deterministic=deterministic,
-    )
+    """`attention` by name, also beside native linears: an engine's attention gets the kernels that the model has.
+
+    `linear`: as the setting, so `native` is on AMX where the CPU has it; `tiles` is native on emulated AMX everywhere.
+    """
+    needs_kernels = linear in ("native", "tiles") or attention == "native"
+    with mock.patch.dict(os.environ, {amx.VARIABLE: "emulate"} if linear == "tiles" else {}):
+        model, _ = build_engine_model(
+            folder,
+            dtype=dtype,
+            device=device,
+            linear="native" if linear == "tiles" else linear,
+            kernels="native" if needs_kernels else "torch",
+            deterministic=deterministic,
+        )
     assert isinstance(model, LlamaModel)
     if attention == "torch":
         model.kernels = None

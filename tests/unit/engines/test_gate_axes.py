@@ -40,7 +40,7 @@ FP32_AXES: Final = {
     "attention": ("torch", "native"),
     **CUTS,
 }
-BF16_AXES: Final = {"model": MODELS, "linear": ("onednn", "native"), **CUTS}
+BF16_AXES: Final = {"model": MODELS, "linear": ("onednn", "native", "tiles"), **CUTS}
 PLAIN: Final = {"chunk": "2048", "max_seqs": "1", "cache": "off", "role": "both", "threads": "1"}
 MAX_LOGIT_ERROR: Final = 1e-3
 NEEDLES: Final = (3, 40, 77, 100, 126)  # where the long prompts differ: first and last chunks, and between
