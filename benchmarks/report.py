@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.phases import phase_lines
 from benchmarks.serve import MAX_LAG_MS
 from benchmarks.stats import MIN_ROUNDS, Ratio
 
@@ -44,6 +45,8 @@ def print_rows(console: Console, machine: Mapping[str, Any], rows: Sequence[Mapp
     for row in rows:
         console.print(_latency_table(row))
         console.print(_rates_line(row))
+        for line in phase_lines(row):
+            console.print(line)
         if row["errors"]:
             console.print(f"errors: {', '.join(f'{code} x {num}' for code, num in row['errors'].items())}")
         if row["is_void"]:

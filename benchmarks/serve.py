@@ -13,6 +13,7 @@ import aiohttp
 
 from benchmarks.client import Client, RequestRecord
 from benchmarks.load import LoadSpec, Pacer, plan_load
+from benchmarks.phases import summarize_phases
 from benchmarks.stats import summarize
 
 MAX_LAG_MS = 5.0
@@ -76,7 +77,6 @@ def summarize_run(run: Run, *, layout: str, rate_rps: float, slo: Slo) -> dict[s
     met = [record for record in good if slo.is_met(record)]
     lag = summarize([record.lag_ms for record in run.records])
     num_output_tokens = sum(record.num_output_tokens for record in good)
-    phases = sorted({name for record in good for name in record.phases_ms})
     return {
         "layout": layout,
         "model": run.model,
@@ -97,8 +97,5 @@ def summarize_run(run: Run, *, layout: str, rate_rps: float, slo: Slo) -> dict[s
         "goodput_rps": len(met) / run.duration_s,
         "lag_ms": asdict(lag),
         "is_void": lag.p99 > MAX_LAG_MS,
-        "phases_ms": {
-            name: asdict(summarize([record.phases_ms[name] for record in good if name in record.phases_ms]))
-            for name in phases
-        },
+        **summarize_phases([record.phases_ms for record in good]),
     }

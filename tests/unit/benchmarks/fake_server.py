@@ -23,15 +23,24 @@ def usage(num_tokens: int) -> dict[str, Any]:
 
 
 GOOD = sse(chunk("a"), chunk("b"), chunk("c"), usage(3), "[DONE]")
+TIMINGS_MS = {
+    "tokenize": 0.1, "queue": 1.5, "reserve": 1.0, "prefill": 2.5, "transfer": 2.0, "decode_wait": 4.0,
+    "first_step": 3.0, "decode": 6.0, "handoff": 6.0, "total": 20.25, "ttft": 5.5, "closure": -0.25,
+    "of_another_version": None,
+}  # fmt: skip
 METRICS = 'celeriac_worker_up{model="tiny",node="p0@host",role="prefill"} 1.0\n'
 
 
 class FakeServer:
-    """A context manager: its value is the address. Runs in a thread of its own."""
+    """A context manager: its value is the address. Runs in a thread of its own.
 
-    def __init__(self, answer: str = GOOD, status: int = 200) -> None:
+    Completions are answered `crowd` at a time: each waits until so many are here.
+    """
+
+    def __init__(self, answer: str = GOOD, status: int = 200, *, crowd: int = 1) -> None:
         self._answer = answer
         self._status = status
+        self._crowd = asyncio.Barrier(crowd)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-server", daemon=True)
         self.bodies: list[dict[str, Any]] = []
@@ -64,8 +73,7 @@ class FakeServer:
         self.bodies.append(await request.json())
         self.num_live += 1
         self.max_live = max(self.max_live, self.num_live)
-        for _ in range(20):  # let the others in
-            await asyncio.sleep(0)
+        await self._crowd.wait()
         self.num_live -= 1
         return web.Response(text=self._answer, status=self._status, content_type="text/event-stream")
 
@@ -76,7 +84,7 @@ class FakeServer:
         return web.json_response({"tokens": list(range(10, 90))})
 
     async def _request(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"timings_ms": {"queue": 1.5, "prefill": 2.5, "transfer": None}})
+        return web.json_response({"timings_ms": TIMINGS_MS})
 
     async def _metrics(self, _: web.Request) -> web.StreamResponse:
         return web.Response(text=METRICS)

@@ -13,6 +13,7 @@ from benchmarks.client import RequestRecord
 from benchmarks.cluster import describe_layout
 from benchmarks.load import Fixed, LoadSpec, PlannedRequest
 from benchmarks.machine import describe_machine
+from benchmarks.phases import PHASES
 from benchmarks.report import plot_rows, result_object, to_json
 from benchmarks.serve import Run, Slo, run_load, summarize_run
 from benchmarks.stats import Ratio
@@ -39,7 +40,14 @@ def test_run_counts_tokens_and_phases_of_every_request() -> None:
     assert row["output_tokens_per_s"] == pytest.approx(12 / row["duration_s"])
     assert row["itl_ms"]["num"] == 8
     assert row["phases_ms"]["queue"]["p50"] == 1.5
-    assert sorted(row["phases_ms"]) == ["prefill", "queue"]
+    assert list(row["phases_ms"]) == [*PHASES, "handoff", "tokenize", "total", "ttft"]
+
+
+def test_run_tells_what_a_handoff_costs_and_how_far_the_stamps_are_off() -> None:
+    row = row_of(run(FakeServer(GOOD)))
+
+    assert (row["handoff_minus_transfer_ms"]["p50"], row["handoff_minus_transfer_ms"]["num"]) == (4.0, 4)
+    assert (row["closure_ms"]["max"], row["closure_ms"]["num"]) == (0.25, 4)
 
 
 def test_prompts_have_their_lengths_and_are_all_different() -> None:
@@ -52,10 +60,17 @@ def test_prompts_have_their_lengths_and_are_all_different() -> None:
 
 
 def test_concurrency_limit_holds() -> None:
-    server = FakeServer(GOOD)
+    server = FakeServer(GOOD, crowd=2)
     run(server, concurrency_limit=2)
 
-    assert 1 <= server.max_live <= 2
+    assert server.max_live == 2
+
+
+def test_without_a_limit_all_requests_run_together() -> None:
+    server = FakeServer(GOOD, crowd=4)
+    run(server)
+
+    assert server.max_live == 4
 
 
 @pytest.mark.parametrize(
