@@ -121,7 +121,8 @@ FrontMessage = Add | Promote | Owner | Drop | Stop | Peers | Lease | Shutdown
 
 
 # ---------------------------------------------------------------- engine -> front
-Repeatability = Literal["exact", "best-effort"]  # tokens depend on nothing but the request; or they may
+# Tokens depend on nothing but the request, as on all workers that say the same word; or they may depend on more.
+Repeatability = Literal["exact", "exact-on-tiles", "best-effort"]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -1,7 +1,8 @@
 """Whether an engine gives a request the same tokens whatever else it computes, in chunks of any size, after a recovery.
 
 In float32 that is the contract of every part. In bfloat16 a sum that is added up in another order gives another token
-now and then, so it holds only where each order is the sequence's own.
+now and then, so it holds only where each order is the sequence's own, and between workers only where they share it: AMX
+tiles add up in another order than AVX-512.
 """
 
 from __future__ import annotations
@@ -30,4 +31,6 @@ def repeatability_of(
     if isinstance(model, GenericModel) or num_ranks > 1 or not model.is_batch_invariant:
         return "best-effort"
     has_own_attention = model.kernels is not None and model.config.head_dim in HEAD_DIMS
-    return "exact" if has_own_attention and not any(model.config.windows) else "best-effort"
+    if not has_own_attention or any(model.config.windows):
+        return "best-effort"
+    return "exact-on-tiles" if model.is_on_tiles else "exact"

@@ -22,6 +22,7 @@ class LinearBackend(Protocol):
 
     name: str
     is_batch_invariant: bool  # the bits of a row depend on nothing but the row
+    is_on_tiles: bool  # added up in the order of AMX
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A layer for `weight` `[out_features, in_features]`, which it may keep or copy in an order of its own."""

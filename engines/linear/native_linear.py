@@ -133,6 +133,7 @@ class NativeBackend:
         self._kernels = kernels
         self._memory = PackedMemory()
         self.tiles = tiles
+        self.is_on_tiles = tiles is not None
         self.quantization = quantization
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:

@@ -54,6 +54,7 @@ class OnednnBackend:
     """See `LinearBackend`. `deterministic` makes layers whose rows do not depend on the batch."""
 
     name = "onednn"
+    is_on_tiles = False  # where it takes AMX, that is no order to promise
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic

@@ -27,6 +27,7 @@ class TorchBackend:
 
     name = "torch"
     is_batch_invariant = False
+    is_on_tiles = False
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TorchLinear(weight, bias)

@@ -106,6 +106,7 @@ class LlamaModel:
         self.kernels = kernels
         self.is_deterministic = is_deterministic
         self.is_batch_invariant = linear.is_batch_invariant
+        self.is_on_tiles = linear.is_on_tiles
         self._embed = weights.embed
         self._norm = weights.norm
         self._layers = tuple(_Layer(layer, linear, shard) for layer in weights.layers)

@@ -130,7 +130,7 @@ class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
     address: KVAddress
     compat: str = ""
     dtype: str = ""
-    repeatability: str = "best-effort"  # or "exact": its tokens depend on nothing but the request
+    repeatability: str = "best-effort"  # or "exact", "exact-on-tiles": its tokens depend on nothing but the request
     num_blocks: int = 0
     free_blocks: int = 0
     live: int = 0

@@ -47,8 +47,8 @@ class ServedModel:
     def as_served_by(self, beats: Sequence[WorkerBeat]) -> ServedModel:
         """The same with what its live workers say. Exact only if all of them are, and compute alike."""
         own = [beat for beat in beats if beat.model == self.name]
-        words = sorted({f"{beat.dtype} {beat.compat}" for beat in own})
-        is_exact = len(words) == 1 and all(beat.repeatability == "exact" for beat in own)
+        words = sorted({f"{beat.dtype} {beat.compat} {beat.repeatability}" for beat in own})
+        is_exact = len(words) == 1 and own[0].repeatability != "best-effort"
         return replace(self, workers="|".join(words), repeatability="exact" if is_exact else "best-effort")
 
     def card(self) -> dict[str, Any]:

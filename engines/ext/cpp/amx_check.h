@@ -39,17 +39,18 @@ struct AmxTrial {
   bf16 x[kMostRows * kNumIn];
   float expected[kMostRows * kNumOut], found[kMostRows * kNumOut];
 
-  // Numbers of both signs over some powers of two, so that sums round; one in eight is a denormal or a zero.
+  // Numbers of both signs over some powers of two, so that sums round; one in eight is a denormal or a zero. Every fourth
+  // row and output is small, and the sums of both come near the smallest normal number.
   AmxTrial() {
     uint32_t state = 12345;
-    const auto draw = [&state] {
+    const auto draw = [&state](int64_t row) {
       state = state * 1664525 + 1013904223;
-      const uint32_t exponent = (state >> 8) % 8 ? 120 + (state >> 11) % 12 : 0;
+      const uint32_t exponent = (state >> 8) % 8 ? (row % 4 == 3 ? 60 : 120) + (state >> 11) % 12 : 0;
       return bf16{static_cast<uint16_t>((state >> 31) << 15 | exponent << 7 | ((state >> 16) & 127))};
     };
-    for (bf16& element : x) element = draw();
+    for (int64_t i = 0; i < kMostRows * kNumIn; i++) x[i] = draw(i / kNumIn);
     bf16 weight[kDepth * kNumOut];
-    for (int64_t i = 0; i < kDepth * kNumOut; i++) weight[i] = i % kDepth < kNumIn ? draw() : bf16{0};
+    for (int64_t i = 0; i < kDepth * kNumOut; i++) weight[i] = i % kDepth < kNumIn ? draw(i / kDepth) : bf16{0};
     pack_weight(weight, kDepth, kNumOut, panels, 1);
   }
 

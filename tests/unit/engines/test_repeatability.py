@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines.ext.library import load_kernels
 from engines.factory import build_engine_model
+from engines.linear import amx
 from engines.repeatability import repeatability_of
 from tests.checkpoints import make_checkpoint
 
@@ -25,10 +27,22 @@ TINY_CHAT = Path(__file__).resolve().parents[3] / "models" / "tiny-chat"
     ],
 )
 def test_bfloat16_is_exact_only_with_linears_and_attention_of_one_order(
-    dtype: torch.dtype, linear: str, kernels: str, word: str
+    dtype: torch.dtype, linear: str, kernels: str, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(amx.VARIABLE, "off")
     model, _ = build_engine_model(TINY_CHAT, dtype=dtype, linear=linear, kernels=kernels)
     assert repeatability_of(model) == word
+
+
+def test_tiles_are_exact_in_an_order_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(amx.VARIABLE, "emulate")
+    words = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model, _ = build_engine_model(TINY_CHAT, dtype=dtype, linear="native", kernels="native")
+        words[dtype] = repeatability_of(model)
+
+    if load_kernels(torch.bfloat16).has_emulated_tiles():
+        assert words == {torch.bfloat16: "exact-on-tiles", torch.float32: "exact"}
 
 
 def test_deterministic_onednn_is_exact() -> None:

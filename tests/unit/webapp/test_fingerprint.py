@@ -35,6 +35,8 @@ def test_exact_workers_that_compute_alike_make_it_exact(model: ServedModel) -> N
 
     assert served.fingerprint.startswith("fp_") and served.fingerprint.endswith("-exact")
     assert served.as_served_by([beat()]).fingerprint == served.fingerprint
+    tiled = model.as_served_by([beat(repeatability="exact-on-tiles")] * 2).fingerprint
+    assert tiled.endswith("-exact") and tiled != served.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,7 @@ def test_exact_workers_that_compute_alike_make_it_exact(model: ServedModel) -> N
     [
         [],
         [beat(), beat(repeatability="best-effort")],
+        [beat(), beat(repeatability="exact-on-tiles")],
         [beat(), beat(dtype="float32")],
         [beat(), beat(compat="quantization=int8")],
     ],
