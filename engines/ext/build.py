@@ -9,20 +9,19 @@ from engines.errors import KernelsUnavailable
 from kvstore import native
 from kvstore.errors import NativeUnavailable
 
-SOURCES: Final = native.Sources(
-    folder=Path(__file__).parent / "cpp",
-    main="kernels.cpp",
-    flags=("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"),
-)
+_FOLDER: Final = Path(__file__).parent / "cpp"
+_FLAGS: Final = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+SOURCES: Final = native.Sources(_FOLDER, "kernels.cpp", _FLAGS)
+SAMPLING_SOURCES: Final = native.Sources(_FOLDER, "sampling.cpp", _FLAGS)
 
 
-def build_library() -> Path:
+def build_library(sources: native.Sources = SOURCES) -> Path:
     """The compiled kernels. Blocks: some seconds the first time, while another process compiles them, too.
 
     Raises:
         KernelsUnavailable: there is no compiler, it failed, or there is no folder to write to.
     """
     try:
-        return native.build_library(SOURCES)
+        return native.build_library(sources)
     except NativeUnavailable as error:
         raise KernelsUnavailable(why=error.why, hint=error.hint) from error

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_CANDIDATES = 64
@@ -28,6 +30,12 @@ class Filters:
     top_p: Tensor
     min_p: Tensor
     uniform: Tensor
+
+    @classmethod
+    def of(cls, columns: NDArray[np.float64]) -> Filters:
+        """`columns` `[5, num_rows]`: temperature, top_k, top_p, min_p, uniform."""
+        temperature, top_k, top_p, min_p, uniform = torch.from_numpy(columns)
+        return cls(temperature, top_k.long(), top_p, min_p, uniform)
 
     def on(self, device: torch.device) -> Filters:
         """The same where the logits are."""
@@ -60,12 +68,12 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     """(token ids, whether the candidates beyond these could not have changed them)."""
     vocab_size = logits.shape[1]
     is_all = num_candidates == vocab_size
-    scaled = logits.double() * (1.0 / filters.temperature)[:, None]
-    values, ids = _sorted_candidates(scaled, num_candidates)
+    candidates, ids = _sorted_candidates(logits, num_candidates)
+    values, coldness = candidates.double(), (1.0 / filters.temperature)[:, None]
     rank = torch.arange(num_candidates, device=logits.device)
-    weights = _weights(values, values[:, :1])
+    weights = _weights((values - values[:, :1]) * coldness)
     # Of the whole row, and of what top_k leaves of it: top_p looks at that, normalised.
-    whole = _weights(scaled, values[:, :1]).sum(-1, keepdim=True)
+    whole = _weights((logits.double() - values[:, :1]) * coldness).sum(-1, keepdim=True)
     top_k = torch.where(filters.top_k > 0, filters.top_k.clamp(max=vocab_size), vocab_size)[:, None]
     cumulative = weights.cumsum(-1)
     has_top_k = top_k <= num_candidates
@@ -93,17 +101,16 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     return chosen, decided[:, 0]
 
 
-def _weights(scaled: Tensor, top: Tensor) -> Tensor:
-    """Of each token beside the likeliest, whose weight is exactly 1. Equal logits have equal weights."""
-    below = scaled - top
+def _weights(below: Tensor) -> Tensor:
+    """Of tokens that lie so far below the likeliest, whose weight is exactly 1."""
     return torch.where(below < VANISHES, 0.0, torch.exp(below))
 
 
-def _sorted_candidates(scaled: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+def _sorted_candidates(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     """The largest of each row, descending; equal ones by id."""
-    if num_candidates == scaled.shape[1]:
-        values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    if num_candidates == logits.shape[1]:
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
         return values, ids
-    ids = scaled.topk(num_candidates, dim=-1, sorted=False).indices.sort(dim=-1).values
-    values, order = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = logits.topk(num_candidates, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, order)

@@ -27,16 +27,6 @@ class Constrainer:
         self._eos_token_ids = eos_token_ids
         self._masks: GrammarMasks | None = None
         self._bias = np.empty((0, 8), dtype=np.float32)
-        self._copy = torch.empty(0, 0)
-
-    def copy(self, logits: Tensor) -> Tensor:
-        """A copy, valid until the next one.
-
-        The memory is kept: for a large vocabulary, new pages from the kernel at every step cost more than the masks.
-        """
-        if len(self._copy) < len(logits) or self._copy.shape[1] != logits.shape[1]:
-            self._copy = torch.empty_like(logits)
-        return self._copy[: len(logits)].copy_(logits)
 
     def mask(self, logits: Tensor, rows: dict[int, SamplingRow]) -> NDArray[np.uint8]:
         """Set what the grammars do not allow to -inf, in place: of the rows of `logits` (fp32) that are in `rows`.

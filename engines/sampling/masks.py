@@ -14,11 +14,11 @@ from engines.sampling.row import SamplingRow
 _NEVER = float("-inf")
 
 
-def mask_logits(logits: Tensor, rows: list[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
-    """Change `logits` `[num_rows, vocab]` fp32 in place. Ids beyond the vocabulary are ignored."""
+def mask_logits(logits: Tensor, rows: dict[int, SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
+    """Change `rows` of `logits` `[any, vocab]` fp32 in place. Ids beyond the vocabulary are ignored."""
     _keep_allowed(logits, rows)
-    _forbid(logits, [bad_word_ends(row) for row in rows])
-    _forbid(logits, [_early_ends(row, eos_token_ids) for row in rows])
+    _forbid(logits, {i: bad_word_ends(row) for i, row in rows.items() if row.params.bad_word_ids})
+    _forbid(logits, {i: _early_ends(row, eos_token_ids) for i, row in rows.items() if row.params.min_tokens})
 
 
 def bad_word_ends(row: SamplingRow) -> list[int]:
@@ -35,8 +35,8 @@ def _early_ends(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> list[int]:
     return [*eos_token_ids, *row.params.stop_token_ids] if row.index < row.params.min_tokens else []
 
 
-def _keep_allowed(logits: Tensor, rows: list[SamplingRow]) -> None:
-    limited = [i for i, row in enumerate(rows) if row.params.allowed_token_ids]
+def _keep_allowed(logits: Tensor, rows: dict[int, SamplingRow]) -> None:
+    limited = [i for i, row in rows.items() if row.params.allowed_token_ids]
     if not limited:
         return
     pairs = [(k, token) for k, i in enumerate(limited) for token in rows[i].params.allowed_token_ids]
@@ -47,8 +47,8 @@ def _keep_allowed(logits: Tensor, rows: list[SamplingRow]) -> None:
     logits[limited] = logits[limited].masked_fill(~is_allowed, _NEVER)
 
 
-def _forbid(logits: Tensor, ids_by_row: list[list[int]]) -> None:
-    forbidden = [i for i, ids in enumerate(ids_by_row) if ids]
+def _forbid(logits: Tensor, ids_by_row: dict[int, list[int]]) -> None:
+    forbidden = [i for i, ids in ids_by_row.items() if ids]
     if not forbidden:
         return
     row_idx, tokens = _inside([(k, token) for k, i in enumerate(forbidden) for token in ids_by_row[i]], logits.shape[1])

@@ -14,21 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engines.ext.library import Kernels
 from engines.sampling.adjust import adjust_logits
-from engines.sampling.choose import Filters, choose
+from engines.sampling.chooser import find_chooser
+from engines.sampling.columns import FilterColumns
 from engines.sampling.constrain import Constrainer
 from engines.sampling.peaks import largest
-from engines.sampling.randomness import uniforms
 from engines.sampling.row import SamplingRow
 from kvstore.state.entries import TokenLogprobs
 
 
 class Sampler:
-    """Knows the end tokens of the model; keeps nothing from step to step."""
+    """Knows the end tokens of the model. What it keeps from step to step only saves time."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], kernels: Kernels | None = None) -> None:
         self._eos_token_ids = eos_token_ids
         self._constrainer = Constrainer(eos_token_ids)
+        self._chooser = find_chooser(kernels)
+        self._columns = FilterColumns()
+        self._copy = torch.empty(0, 0)
 
     def sample(
         self, logits: Tensor, rows: list[SamplingRow], peaks: list[int] | None = None
@@ -39,59 +43,45 @@ class Sampler:
             logits: `[num_rows, vocab]` fp32 without NaN; not changed.
             peaks: `find_peaks` of them, where the caller has looked already.
         """
-        changed = [i for i, row in enumerate(rows) if row.needs_adjustment]
-        adjusted = logits
+        if peaks is not None and all(row.is_plain for row in rows):
+            return peaks, [None] * len(rows)
+        adjusted, constrained = logits, {i: row for i, row in enumerate(rows) if row.grammar is not None}
+        changed = {i: row for i, row in enumerate(rows) if row.needs_adjustment}
+        if changed or constrained:
+            adjusted = self._copied(logits)
         if changed:
-            part = logits[changed]
-            adjust_logits(part, [rows[i] for i in changed], self._eos_token_ids)
-            adjusted = logits.clone()
-            adjusted[changed] = part
-        constrained = {i: row for i, row in enumerate(rows) if row.grammar is not None}
+            adjust_logits(adjusted, changed, self._eos_token_ids)
         if constrained:
-            adjusted = self._constrainer.copy(logits) if adjusted is logits else adjusted
             forbidden = self._constrainer.mask(adjusted, constrained)
         token_ids = largest(adjusted) if peaks is None or adjusted is not logits else list(peaks)
         forced = self._constrainer.ends(adjusted, constrained, forbidden, token_ids) if constrained else {}
-        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced]
+        drawn = {i: row for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced}
         if drawn:
-            chosen = choose(adjusted[drawn], _filters([rows[i] for i in drawn])).tolist()
-            # Rounding at the very end of the cumulative sum may fall on what a mask forbids.
-            is_masked = constrained and (adjusted[drawn, chosen] == float("-inf")).tolist()
-            for k, (i, token_id) in enumerate(zip(drawn, chosen, strict=True)):
-                if rows[i].grammar is None or not is_masked[k]:
-                    token_ids[i] = token_id
+            row_idx = list(drawn)
+            chosen = self._chooser.choose(adjusted, row_idx, self._columns.of(list(drawn.values())))
+            for i, token_id in zip(row_idx, chosen, strict=True):
+                token_ids[i] = token_id
         for i, token_id in forced.items():
             token_ids[i] = token_id
-        return token_ids, _logprobs(logits, rows, token_ids)
+        return token_ids, self._logprobs(logits, rows, token_ids)
 
+    def _copied(self, logits: Tensor) -> Tensor:
+        """A copy, valid until the next one.
 
-def _filters(rows: list[SamplingRow]) -> Filters:
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
+        The memory is kept: for a large vocabulary, new pages from the kernel at every step cost more than the changes.
+        """
+        copy = self._copy
+        if len(copy) < len(logits) or copy.shape[1] != logits.shape[1] or copy.device != logits.device:
+            self._copy = torch.empty_like(logits)
+        return self._copy[: len(logits)].copy_(logits)
 
-    return Filters(
-        temperature=column([row.params.temperature for row in rows]),
-        top_k=torch.tensor([row.params.top_k for row in rows]),
-        top_p=column([row.params.top_p for row in rows]),
-        min_p=column([row.params.min_p for row in rows]),
-        uniform=torch.from_numpy(uniforms([(row.seed, row.choice, row.index) for row in rows])),
-    )
-
-
-def _logprobs(logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> list[TokenLogprobs | None]:
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    found: list[TokenLogprobs | None] = [None] * len(rows)
-    if not wanted:
+    def _logprobs(self, logits: Tensor, rows: list[SamplingRow], token_ids: list[int]) -> list[TokenLogprobs | None]:
+        found: list[TokenLogprobs | None] = [None] * len(rows)
+        wanted = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+        if wanted:
+            row_idx = list(wanted)
+            scored = self._chooser.score(logits, row_idx, [token_ids[i] for i in row_idx], max(wanted.values()))
+            for i, ids, logprobs in zip(row_idx, *scored, strict=True):
+                top = zip(ids[: wanted[i]], logprobs, strict=False)
+                found[i] = TokenLogprobs(logprobs[-1], tuple(top))
         return found
-    logprobs = logits[wanted].log_softmax(-1)
-    num_top = min(max(rows[i].params.logprobs or 0 for i in wanted), logits.shape[1])
-    # Sorted by (value, id): topk alone leaves the order of equal values open.
-    best = logprobs.topk(num_top, dim=-1).indices.sort(dim=-1).values
-    values, order = logprobs.gather(1, best).sort(dim=-1, descending=True, stable=True)
-    best_ids, best_values = best.gather(1, order).tolist(), values.tolist()
-    own_values = logprobs[range(len(wanted)), [token_ids[i] for i in wanted]].tolist()
-    for k, i in enumerate(wanted):
-        count = min(rows[i].params.logprobs or 0, num_top)
-        top = tuple(zip(best_ids[k][:count], best_values[k][:count], strict=True))
-        found[i] = TokenLogprobs(own_values[k], top)
-    return found

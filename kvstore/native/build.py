@@ -84,7 +84,7 @@ def _compile(compiler: str, sources: Sources, path: Path) -> None:
 
 def _digest(compiler: str, sources: Sources) -> str:
     """What the machine code depends on. -march=native makes the CPU a part of it: homes may be shared by machines."""
-    digest = hashlib.sha256(repr((sources.flags, platform.machine(), _cpu())).encode())
+    digest = hashlib.sha256(repr((sources.main, sources.flags, platform.machine(), _cpu())).encode())
     stat = Path(compiler).resolve().stat()
     digest.update(repr((compiler, stat.st_size, stat.st_mtime_ns)).encode())
     for source in sorted(sources.folder.iterdir()):

@@ -59,7 +59,7 @@ def test_biases_and_masks_stay_on_the_device() -> None:
     )
     row = SamplingRow(params, 0, 0, [7, 8], [9])
     logits = torch.empty(1, 300, device=DEVICE)
-    adjust_logits(logits, [row], (2,))
+    adjust_logits(logits, {0: row}, (2,))
 
     assert logits.device.type == DEVICE
 

@@ -170,7 +170,7 @@ def test_repetition_penalty_equals_the_reference_over_prompt_and_output() -> Non
 
     row = make_row(SamplingParams(repetition_penalty=1.3), prompt=ids[:3], output=ids[3:])
     adjusted = logits.clone()
-    adjust_logits(adjusted, [row], (2,))
+    adjust_logits(adjusted, {0: row}, (2,))
 
     torch.testing.assert_close(adjusted, expected)
 
@@ -179,7 +179,7 @@ def test_frequency_and_presence_penalties_count_the_output_only() -> None:
     logits = torch.zeros(2, VOCAB)
     params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25)
 
-    adjust_logits(logits, [make_row(SamplingParams()), make_row(params, prompt=[8], output=[4, 4, 6])], (2,))
+    adjust_logits(logits, {1: make_row(params, prompt=[8], output=[4, 4, 6])}, (2,))
 
     assert logits[1, [4, 6, 8]].tolist() == [-1.25, -0.75, 0.0]
     assert not logits[0].any()

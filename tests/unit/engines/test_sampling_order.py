@@ -32,7 +32,7 @@ def random_logits(num_rows: int, seed: int) -> Tensor:
 
 def adjusted(logits: Tensor, params: SamplingParams, *, prompt: list[int], output: list[int]) -> Tensor:
     changed = logits.clone()
-    adjust_logits(changed, [SamplingRow(params, 0, 0, prompt, output)], (EOS,))
+    adjust_logits(changed, {0: SamplingRow(params, 0, 0, prompt, output)}, (EOS,))
     return changed
 
 

@@ -1,0 +1,14 @@
+// The C interface of sampling, loaded with ctypes by engines/sampling/native.py: a library of its own, since it knows
+// nothing of models and dtypes. Logits are fp32.
+#include "choose.h"
+
+extern "C" void choose_tokens(int64_t num_rows, int64_t size, const float* logits, const int64_t* row_idx,
+                              const double* columns, int64_t* ids, int64_t num_threads) {
+  celeriac::choose_tokens(num_rows, size, logits, row_idx, columns, ids, num_threads);
+}
+
+extern "C" void score_tokens(int64_t num_rows, int64_t size, const float* logits, const int64_t* row_idx,
+                             const int64_t* chosen, int64_t num_top, int64_t* ids, float* logprobs,
+                             int64_t num_threads) {
+  celeriac::score_tokens(num_rows, size, logits, row_idx, chosen, num_top, ids, logprobs, num_threads);
+}
