@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
+from collections.abc import Callable
 from ctypes import c_int64
 from pathlib import Path
 from typing import Final
@@ -46,10 +48,19 @@ def main(folder: Path) -> dict[str, int | bool]:
     checks["self_check_sees_another_order"] = kernels.amx_equals_emulation() == 0
     trap.add_in_other_order(0)
     checks["linears"] = all(_linears_are_equal(*shape) for shape in SHAPES)
+    checks["self_check_in_a_child"] = _holds_in_a_child(lambda: kernels.amx_equals_emulation() == 1)
     logits, kv = _stack(folder, Tiles.AMX)
     logits_emulated, kv_emulated = _stack(folder, Tiles.EMULATED)
     checks["stack"] = torch.equal(logits, logits_emulated) and torch.equal(kv, kv_emulated)
     return {"instructions": trap.count_trapped(), **checks}
+
+
+def _holds_in_a_child(check: Callable[[], bool]) -> bool:
+    """Forked as cpp/amx_check.h forks: OpenMP's threads stay behind."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if check() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _linears_are_equal(num_out: int, num_in: int) -> bool:
