@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,8 @@ from engines.attention.backend import AttentionBackend, AttentionMetadata, Atten
 from engines.attention.choose import choose_attention
 from engines.attention.windowed import WindowedAttention
 from engines.errors import ForwardFailed, NonFiniteLogits
+from engines.graphs.capture import GraphMaker
+from engines.graphs.make import make_decode_graphs
 from engines.kv_region import KVTensor
 from engines.models.generic import GenericModel
 from engines.models.llama import LlamaModel
@@ -24,6 +25,7 @@ from engines.sampling.peaks import find_peaks
 from engines.sampling.prompt_logprobs import score_tokens
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import StepPlan
+from engines.staging import Staging
 from engines.step_rows import SampledTokens, StepRows
 from engines.step_timer import OFF, OTHER, StepTimer
 
@@ -43,27 +45,56 @@ class ForwardPass:
 
     Args:
         kv: the whole region; a rank's model knows which heads in it are its own.
+        graphs: makes graphs of decode steps; None computes all steps eagerly. Models with windows and those of
+            transformers are computed eagerly anyway.
+        scratch_block: with `graphs`, a block of the region that no sequence ever has.
     """
 
-    def __init__(self, model: LlamaModel | GenericModel, kv: Tensor, *, device: str) -> None:
+    def __init__(
+        self,
+        model: LlamaModel | GenericModel,
+        kv: Tensor,
+        *,
+        device: str,
+        graphs: GraphMaker | None = None,
+        scratch_block: int = -1,
+    ) -> None:
         self._model = model
-        self._device = device
         self._attention = _attention_of(model, kv)
+        self._graphs = None if graphs is None else make_decode_graphs(model, kv, self._attention, graphs, scratch_block)
+        self._staging = Staging(device)
+        self._batch, self._rows = PackedBatch.of((), 1), tuple[AttentionRow, ...]()
         self._ids = self._positions = torch.empty(0)
+        self._is_graph = False
 
-    def begin(self, batch: PackedBatch, rows: tuple[AttentionRow, ...]) -> None:
-        """Take in the step's tokens and where their KV lies."""
-        self._attention.begin_step(AttentionMetadata(rows, self._on_device(batch.slots)))
-        self._ids, self._positions = self._on_device(batch.ids), self._on_device(batch.positions)
+    def begin(self, batch: PackedBatch, rows: tuple[AttentionRow, ...], *, is_pushed: bool = False) -> None:
+        """Take in the step's tokens and where their KV lies.
+
+        Args:
+            is_pushed: `compute` will be given `on_layers`. Nothing can be told of the layers of a graph.
+        """
+        self._batch, self._rows = batch, rows
+        self._is_graph = self._graphs is not None and not is_pushed and self._graphs.load(batch, rows)
+        if not self._is_graph:
+            self._begin_eager()
 
     def compute(self, on_layers: Callable[[int, int], None] | None = None, layer_group: int = 0) -> Tensor:
-        """Hidden states `[num_tokens, hidden]` of the step that has begun."""
+        """Hidden states `[num_tokens, hidden]` of the step that has begun; valid until the next step."""
+        if self._graphs is not None and self._is_graph:
+            return self._graphs.run(self._compare)
         return self._model.forward(
             self._ids, self._positions, self._attention, on_layers=on_layers, layer_group=layer_group
         )
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _begin_eager(self) -> None:
+        self._ids, self._positions, slots = self._staging.send(
+            self._batch.ids, self._batch.positions, self._batch.slots
+        )
+        self._attention.begin_step(AttentionMetadata(self._rows, slots))
+
+    def _compare(self) -> Tensor:
+        self._begin_eager()
+        return self._model.forward(self._ids, self._positions, self._attention)
 
 
 class ModelRunner:
@@ -78,15 +109,21 @@ class ModelRunner:
         dtype: torch.dtype,
         timer: StepTimer = OFF,
         tell_ranks: Callable[[PackedBatch, tuple[AttentionRow, ...]], None] | None = None,
+        graphs: GraphMaker | None = None,
+        scratch_block: int = -1,
     ) -> None:
-        """`tell_ranks`: called with each step, for the other ranks of a tensor parallel engine to compute it, too."""
+        """
+        Args:
+            tell_ranks: called with each step, for the other ranks of a tensor parallel engine to compute it, too.
+            graphs, scratch_block: as `ForwardPass` takes them.
+        """
         assert model.dtype == dtype == region.kv.dtype, (model.dtype, dtype, region.kv.dtype)
         self._model = model
         self._region = region
-        self._pass = ForwardPass(model, region.kv, device=device)
+        self._pass = ForwardPass(model, region.kv, device=device, graphs=graphs, scratch_block=scratch_block)
         self._tell_ranks = tell_ranks
         self._kernels = model.kernels if isinstance(model, LlamaModel) else None
-        self._sampler = Sampler(model.config.eos_token_ids)
+        self._sampler = Sampler(model.config.eos_token_ids, self._kernels)
         self._timer = timer
 
     @property
@@ -133,7 +170,7 @@ class ModelRunner:
         rows = tuple(AttentionRow(i.start, i.num_new_tokens, i.sequence.block_table) for i in plan.scheduled)
         if self._tell_ranks is not None:
             self._tell_ranks(batch, rows)
-        self._pass.begin(batch, rows)
+        self._pass.begin(batch, rows, is_pushed=on_layers is not None)
         self._timer.split("metadata")
         return self._pass.compute(on_layers, layer_group)
 

@@ -33,7 +33,17 @@ class AttentionMetadata:
     slot_mapping: Tensor
 
 
-class AttentionBackend(Protocol):
+class LayerAttention(Protocol):
+    """What a model calls of an attention whose step has begun: per layer `write_kv`, then `forward`."""
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store this step's keys and values, `[num_tokens, num_kv_heads, head_dim]` each, rotated."""
+
+    def forward(self, layer: int, q: Tensor) -> Tensor:
+        """Causal attention of `q` `[num_tokens, num_heads, head_dim]`, row by row; the output has its shape."""
+
+
+class AttentionBackend(LayerAttention, Protocol):
     """Owned by the engine thread. Per step: `begin_step`, then per layer `write_kv` before `forward`.
 
     No value of a slot that holds no token of the row may reach its output, whatever bits are there, NaN included.
@@ -41,9 +51,3 @@ class AttentionBackend(Protocol):
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
         """Prepare what all layers of the step share."""
-
-    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store this step's keys and values, `[num_tokens, num_kv_heads, head_dim]` each, rotated."""
-
-    def forward(self, layer: int, q: Tensor) -> Tensor:
-        """Causal attention of `q` `[num_tokens, num_heads, head_dim]`, row by row; the output has its shape."""

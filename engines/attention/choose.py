@@ -7,6 +7,8 @@ import logging
 from torch import Tensor
 
 from engines.attention.backend import AttentionBackend
+from engines.attention.choose_gpu import choose_gpu_attention
+from engines.attention.flashinfer_backend import find_flashinfer
 from engines.attention.native_backend import NativeAttention
 from engines.attention.torch_backend import TorchAttention
 from engines.errors import KernelsUnavailable
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 def choose_attention(
     kv: Tensor, num_heads: int, kernels: Kernels | None, *, deterministic: bool = False
 ) -> AttentionBackend:
-    """The C++ one where there are kernels for this head dimension, else torch's.
+    """On a GPU what `choose_gpu_attention` finds; on a CPU the C++ one where there are kernels, else torch's.
 
     Raises:
         KernelsUnavailable: `deterministic` needs the C++ one, and there is none.
@@ -29,6 +31,8 @@ def choose_attention(
             why=f"`engine.deterministic` needs them, with head_dim {head_dim}",
             hint=f"Expected `engine.kernels: auto` with a compiler, and head_dim {sorted(HEAD_DIMS)}.",
         )
+    if kv.device.type == "cuda":
+        return choose_gpu_attention(kv, num_heads, find_flashinfer())
     if kernels is None:
         return TorchAttention(kv)
     if head_dim not in HEAD_DIMS:

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from engines.attention.backend import AttentionMetadata, AttentionRow
+from engines.attention.pages import FlatPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,8 @@ class TorchAttention:
     def __init__(self, kv: Tensor) -> None:
         self._kv = kv
         self._device = kv.device
-        num_blocks, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = kv.shape
-        # One row per (block, layer, keys or values, head of the region): a page of one head is contiguous.
-        page = self._block_size * self._head_dim
-        self._heads_apart, self._first_head = kv.stride(2) // page, kv.storage_offset() // page
-        num_pages = num_blocks * self._num_layers * 2 * self._heads_apart
-        self._flat = kv.as_strided((num_pages, self._block_size, self._head_dim), (page, self._head_dim, 1), 0)
+        _, _, _, self._num_kv_heads, self._block_size, self._head_dim = kv.shape
+        self._pages = FlatPages(kv)
         self._scale = float(self._head_dim**-0.5)
         self._decode: list[_DecodeGroup] = []
         self._prefill: list[_PrefillRow] = []
@@ -112,7 +109,7 @@ class TorchAttention:
         return _DecodeGroup(
             token_idx=self._here(np.array([lo for lo, _ in rows])),
             num_pages=num_pages,
-            pages=self._key_pages(tables),
+            pages=self._here(self._pages.keys_of(tables)),
             mask=self._here(valid)[:, None, None, :],
             dirty_row=self._here(dirty_row),
             dirty_page=self._here(dirty_page),
@@ -121,7 +118,7 @@ class TorchAttention:
 
     def _attend_decode(self, layer: int, group: _DecodeGroup, q: Tensor) -> Tensor:
         """`q` `[num_rows, num_heads, head_dim]`. The query heads that share a KV head act as its queries."""
-        keys, values = self._gather(layer, group.pages)
+        keys, values = self._pages.gather(layer, group.pages)
         shape = (q.shape[0], self._num_kv_heads, group.num_pages, self._block_size, self._head_dim)
         for gathered in (keys, values):
             # Unused slots may hold anything: 0 * NaN is NaN, so masking the scores alone would not do.
@@ -137,7 +134,7 @@ class TorchAttention:
     # ---------------------------------------------------------------- prefill rows
     def _prefill_row(self, lo: int, row: AttentionRow) -> _PrefillRow:
         num_pages = -(-row.context_len // self._block_size)
-        pages = self._key_pages(np.array([row.block_table[:num_pages]], dtype=np.int64))
+        pages = self._here(self._pages.keys_of(np.array([row.block_table[:num_pages]], dtype=np.int64)))
         mask = None
         if row.start > 0:
             keys = torch.arange(row.context_len, device=self._device)
@@ -153,26 +150,15 @@ class TorchAttention:
             gathered.view(self._num_kv_heads, 1, -1, head_dim)[:, :, : row.context_len].expand(
                 -1, num_heads // self._num_kv_heads, -1, -1
             )
-            for gathered in self._gather(layer, row.pages)
+            for gathered in self._pages.gather(layer, row.pages)
         )
         out = F.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=row.mask, is_causal=row.mask is None, scale=self._scale
         )
         return out.permute(2, 0, 1, 3).reshape(q.shape)
 
-    # ---------------------------------------------------------------- pages
-    def _key_pages(self, tables: np.ndarray) -> Tensor:
-        """Rows of `_flat` with the key pages of layer 0, in the order (row, head, page). int64: regions are large."""
-        heads = self._first_head + np.arange(self._num_kv_heads)[None, :, None]
-        pages = tables[:, None, :] * (self._num_layers * 2 * self._heads_apart) + heads
-        return self._here(pages.reshape(-1))
-
     def _here(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)
-
-    def _gather(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        first = pages + layer * 2 * self._heads_apart
-        return self._flat.index_select(0, first), self._flat.index_select(0, first + self._heads_apart)
 
 
 def _bucket(num_pages: int) -> int:

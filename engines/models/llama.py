@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from engines.attention.backend import AttentionBackend
+from engines.attention.backend import LayerAttention
 from engines.attention.native_backend import NativeAttention
 from engines.ext.library import Kernels
 from engines.ext.row_ops import NativeRowOps
@@ -132,7 +132,7 @@ class LlamaModel:
         self,
         ids: Tensor,
         positions: Tensor,
-        attention: AttentionBackend,
+        attention: LayerAttention,
         *,
         on_layers: OnLayers | None = None,
         layer_group: int = 0,
@@ -175,7 +175,7 @@ class LlamaModel:
         return self._lm_head.wide(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps))
 
     def _attend(
-        self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend
+        self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: LayerAttention
     ) -> Tensor:
         config, rows = self.config, self._rows
         num_heads, num_turned = config.num_heads, config.num_heads + config.num_kv_heads

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engines.factory import build_engine_model
+from engines.graphs.capture import GraphMaker
 from engines.kv_region import KVTensor
 from engines.linear import amx
 from engines.models.llama import LlamaModel
@@ -48,16 +49,19 @@ class GateLoop(Loop):
         return sampled
 
     @classmethod
-    def of(cls, model: LlamaModel, *, caches: bool, device: str = "cpu") -> GateLoop:
+    def of(cls, model: LlamaModel, *, caches: bool, device: str = "cpu", graphs: GraphMaker | None = None) -> GateLoop:
         config = model.config
-        shape = (NUM_BLOCKS, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        num_blocks = NUM_BLOCKS + (graphs is not None)  # and one that the pool never hands out
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         region = KVTensor(torch.full(shape, float("nan"), dtype=model.dtype, device=device))
         pool = BlockPool(NUM_BLOCKS)
         blocks = pool.allocate(NUM_BLOCKS)
         pool.free(blocks[1::2])  # tables with holes and in no order
         pool.free(blocks[::2][::-1])
         recorder = Recorder(model)
-        runner = ModelRunner(recorder, region, device=device, dtype=model.dtype)
+        runner = ModelRunner(
+            recorder, region, device=device, dtype=model.dtype, graphs=graphs, scratch_block=NUM_BLOCKS
+        )
         loop = cls(runner, region, pool, PrefixCache(pool, BLOCK_SIZE) if caches else None, BLOCK_SIZE)
         loop.recorder, loop.logits = recorder, {}
         return loop
@@ -107,11 +111,17 @@ def gate_model(
     return model
 
 
-def run_case(model: LlamaModel, prompts: list[list[int]], case: Mapping[str, str], device: str = "cpu") -> list[Output]:
+def run_case(
+    model: LlamaModel,
+    prompts: list[list[int]],
+    case: Mapping[str, str],
+    device: str = "cpu",
+    graphs: GraphMaker | None = None,
+) -> list[Output]:
     """All prompts as `case` says: `chunk`, `max_seqs`, `cache` off, cold or warm, `role` both or handed, `threads`."""
     torch.set_num_threads(int(case["threads"]))
     try:
-        loop = GateLoop.of(model, caches=case["cache"] != "off", device=device)
+        loop = GateLoop.of(model, caches=case["cache"] != "off", device=device, graphs=graphs)
         if case["cache"] == "warm":
             _generate(loop, prompts, case, "warm")
             loop.logits.clear()
