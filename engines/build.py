@@ -19,6 +19,7 @@ from engines.device_kv.staged_blocks import StagedBlocks
 from engines.errors import ContextTooLong, DeviceUnavailable, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype, choose_quantization
 from engines.finish import FinishRule
+from engines.graphs.make import choose_graphs
 from engines.kv_layout import compat_of, kv_layout, weights_form
 from engines.kv_region import KVTensor
 from engines.messages import EngineMessage, Repeatability
@@ -76,8 +77,16 @@ class Engine:
             self.parallel.close()
 
 
-def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    send: Callable[[EngineMessage], None],
+    *,
+    post: Callable[[EngineMessage], bool] | None = None,
+) -> Engine:
     """Load the weights and allocate the region; then listen for peers.
+
+    `post` tells the front something from any thread, or leaves it to the engine's next turn (`FrontLink`). With it KV
+    that has arrived is told while a step runs; what must still be copied to the device waits for the step's end.
 
     Raises:
         EngineError: the model or the device cannot be used; the message says why.
@@ -121,9 +130,10 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         block_size=settings.kv.block_size,
         max_model_len=max_model_len,
     )
+    graphs = choose_graphs(settings.engine.cuda_graphs, device)
     region = KVTensor.create(
         model_config,
-        num_blocks=num_blocks,
+        num_blocks=num_blocks + (graphs is not None),  # one more for padding rows, which the pool does not have
         block_size=settings.kv.block_size,
         dtype=dtype,
         device=device,
@@ -185,7 +195,16 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
     if profile := StepProfile.from_environment(config.incarnation):
         timer, scheduler, send = profile, TimedScheduler(scheduler, profile), timed_send(send, profile)
     tell_ranks = None if parallel is None else parallel.tell
-    runner = ModelRunner(model, region, device=device, dtype=dtype, timer=timer, tell_ranks=tell_ranks)
+    runner = ModelRunner(
+        model,
+        region,
+        device=device,
+        dtype=dtype,
+        timer=timer,
+        tell_ranks=tell_ranks,
+        graphs=graphs,
+        scratch_block=num_blocks,
+    )
     step_log = StepLog.from_environment(config.incarnation)
     core = EngineCore(
         incarnation=config.incarnation,
@@ -220,6 +239,8 @@ def build_engine(config: EngineConfig, send: Callable[[EngineMessage], None]) ->
         ),
         on_step=_on_step(step_log, profile),
     )
+    if post is not None and isinstance(node, KVNode):
+        node.divert(core.arrivals_told_by(post))
     address = node.start()
     return Engine(
         core,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from engines import messages, outputs
 from engines.dry_runs import DryRuns
+from engines.early_arrivals import EarlyArrivals
 from engines.errors import EngineError
 from engines.figures import EngineFigures
 from engines.finish import FinishRule
@@ -251,6 +252,10 @@ class EngineCore:
                 self._writer.on_failed(event)
             case kv.SourceFree():
                 self._writer.on_source_free(event.xfer)
+
+    def arrivals_told_by(self, post: Callable[[EngineMessage], bool]) -> Callable[[kv.Event], bool]:
+        """For `KVNode.divert`: see `EarlyArrivals`."""
+        return EarlyArrivals(self._reader, post, wake_fd=self._kv.wake_fd).takes
 
     def _may_admit(self, num_blocks: int, num_expected: int) -> bool:
         has_place = len(self._live) + num_expected < self._control.num_places

@@ -13,46 +13,13 @@ import socket
 import sys
 import time
 
-import msgspec
-
 from engines.core import EngineCore
-from engines.messages import EngineMessage, FrameReader, Ready, Shutdown, decode_front, frame
+from engines.front_link import FrontLink
+from engines.messages import Ready, Shutdown, decode_front
 from engines.parent import end_with
-from engines.process import SOCKET_BUFFER_BYTES, EngineConfig
 from engines.step_timer import OFF, StepTimer
 from kvstore import transport as kv
 from kvstore.clock import now_s
-
-READ_BYTES = 1 << 20
-
-
-class FrontLink:
-    """Our end of the socketpair. Owned by the engine thread."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        self.sock = sock
-        self._reader = FrameReader()
-        self._frames: list[bytes] = []
-
-    def send(self, message: EngineMessage) -> None:
-        self.sock.sendall(frame(message))
-
-    def read_config(self) -> EngineConfig:
-        while not self._frames:
-            self._frames += self._reader.feed(self._receive())
-        return msgspec.msgpack.decode(self._frames.pop(0), type=EngineConfig)
-
-    def frames(self) -> list[bytes]:
-        """Frames that are there; reads once, so call it when the socket is readable or frames are left."""
-        frames, self._frames = self._frames, []
-        return frames + self._reader.feed(self._receive())
-
-    def _receive(self) -> bytes:
-        chunk = self.sock.recv(READ_BYTES)
-        if not chunk:
-            raise EOFError("the front is gone")
-        return chunk
 
 
 def run_loop(link: FrontLink, node: kv.KVPort, core: EngineCore, timer: StepTimer = OFF) -> None:
@@ -79,6 +46,7 @@ def run_loop(link: FrontLink, node: kv.KVPort, core: EngineCore, timer: StepTime
         for event in node.poll_events():
             core.handle_kv(event)
         timer.split("kv_events")
+        link.flush()
         is_busy = core.step()
 
 
@@ -94,7 +62,7 @@ def main() -> None:
 
     from engines.build import build_engine  # imports torch: after the affinity is set
 
-    engine = build_engine(config, link.send)
+    engine = build_engine(config, link.send, post=link.post)
     link.send(
         Ready(
             pid=os.getpid(),

@@ -45,7 +45,7 @@ class Arrival:
 
 
 class HandoffReader:
-    """Owned by the engine thread.
+    """Owned by the engine thread; `expects` and `keep` also serve the kv thread.
 
     `may_admit(num_blocks)` is the scheduler's word on one more sequence; `copy_blocks` duplicates KV of blocks.
     """
@@ -91,18 +91,28 @@ class HandoffReader:
         except OutOfBlocks:
             self._kv.grant(event, None, reason="no_space")
             return
+        if event.rid != DRY_RUN_RID:  # with that the front has no business
+            self._send(messages.Incoming(event.rid, event.xfer))
+            self._promised[event.xfer] = event.rid  # after `Incoming`, before the grant: see `EarlyArrivals`
         self._kv.grant(event, blocks)
-        if event.rid == DRY_RUN_RID:
-            return  # the front has no business with it
-        self._promised[event.xfer] = event.rid
-        self._send(messages.Incoming(event.rid, event.xfer))
 
     def on_arrived(self, event: kv.Arrived) -> None:
         if event.rid == DRY_RUN_RID:
             self._kv.settle(event.xfer, False)
             return
+        self._send(self.keep(event))
+
+    def expects(self, xfer: str) -> bool:
+        """Any thread: blocks were promised for a request, and nothing has come of it yet."""
+        return xfer in self._promised
+
+    def keep(self, event: kv.Arrived) -> messages.Arrived:
+        """Any thread. It waits for the front's word from here on; returns what the front is to be told.
+
+        Raises:
+            msgspec.DecodeError: its state is not ours. Nothing was kept.
+        """
         state = decode_state(event.state)
-        self._promised.pop(event.xfer, None)
         self._arrivals[event.xfer] = Arrival(
             event.rid,
             list(event.blocks),
@@ -112,21 +122,20 @@ class HandoffReader:
             event.verified_s,
             state.computed_s if state.host_id == self._host_id else None,
         )
-        self._send(
-            messages.Arrived(
-                rid=event.rid,
-                xfer=event.xfer,
-                epoch=event.epoch,
-                from_token=event.token,
-                prompt_ids=state.prompt_ids,
-                choices=state.choices,
-                params=state.params,
-                seed=state.seed,
-                deadline_s=state.deadline_s,
-                num_bytes=event.num_bytes,
-                transfer_s=event.transfer_s,
-                cached_tokens=state.cached_tokens,
-            )
+        self._promised.pop(event.xfer, None)  # last, so that `num_expected` never misses it
+        return messages.Arrived(
+            rid=event.rid,
+            xfer=event.xfer,
+            epoch=event.epoch,
+            from_token=event.token,
+            prompt_ids=state.prompt_ids,
+            choices=state.choices,
+            params=state.params,
+            seed=state.seed,
+            deadline_s=state.deadline_s,
+            num_bytes=event.num_bytes,
+            transfer_s=event.transfer_s,
+            cached_tokens=state.cached_tokens,
         )
 
     def on_blocks_free(self, event: kv.BlocksFree) -> None:
@@ -169,7 +178,8 @@ class HandoffReader:
 
     def refuse_all(self, rid: str) -> None:
         self.left(rid)
-        for xfer in [xfer for xfer, arrival in self._arrivals.items() if arrival.rid == rid]:
+        # `list`: the kv thread may keep another one meanwhile.
+        for xfer in [xfer for xfer, arrival in list(self._arrivals.items()) if arrival.rid == rid]:
             self.refuse(rid, xfer)
 
     def fork(self, arrival: Arrival, epoch: int) -> list[Sequence]:
