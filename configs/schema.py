@@ -118,6 +118,13 @@ class EngineSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Literal["32", "64", "128"],
         Meta(description="Inputs that share a scale with `int4`. Fewer are more exact and a little slower."),
     ] = "64"
+    cuda_graphs: Annotated[
+        Literal["auto", "off"],
+        Meta(
+            description="Record decode steps as graphs and launch each as one. `auto`: on GPUs, checked against the "
+            "plain step at first use; never on CPUs."
+        ),
+    ] = "auto"
     itl_slo_ms: Annotated[
         float,
         Meta(

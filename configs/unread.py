@@ -16,14 +16,12 @@ _any_but_default: Final = None
 
 # path -> (values that nothing reads; None: any but the default, reason)
 UNREAD: Final[Mapping[str, tuple[Callable[[Any], bool] | None, str]]] = {
-    "prefill.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
-    "decode.device": (lambda device: device == "cuda", "the engine has no CUDA path yet"),
     "decode.max_batch_size": (_any_but_default, "sequences join one by one, `decode.max_num_seqs` is the limit"),
 }
 
 
 def unread_faults(settings: Settings, origins: Mapping[str, str]) -> list[ConfigFault]:
-    """Every setting that somebody gave a value nothing reads."""
+    """Every setting that somebody gave a value nothing reads, or not beside another."""
     fields = all_fields()
     faults = []
     for path, (is_unread, reason) in UNREAD.items():
@@ -31,4 +29,9 @@ def unread_faults(settings: Settings, origins: Mapping[str, str]) -> list[Config
         if is_unread(value) if is_unread is not None else value != fields[path].default:
             what = f"{value!r} would be ignored: {reason}"
             faults.append(ConfigFault(origins.get(path, "default"), path, what, f"{fields[path].default!r} for now"))
+    for name in ("prefill", "decode"):
+        role, path = getattr(settings, name), f"{name}.tensor_parallel_size"
+        if role.device == "cuda" and role.tensor_parallel_size > 1:
+            what = f"{role.tensor_parallel_size} ranks share one KV region in host memory, and {name}.device is cuda"
+            faults.append(ConfigFault(origins.get(path, "default"), path, what, f"1, or {name}.device=cpu, for now"))
     return faults

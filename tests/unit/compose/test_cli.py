@@ -72,9 +72,9 @@ def test_bad_settings_leave_with_two_and_every_fault(capsys: pytest.CaptureFixtu
 def test_up_refuses_a_setting_that_nothing_reads_before_it_touches_anything(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    code, _, err = run(capsys, "up", "--set", "prefill.device=cuda", "--run-dir", str(tmp_path / "r"))
+    code, _, err = run(capsys, "up", "--set", "decode.max_batch_size=7", "--run-dir", str(tmp_path / "r"))
     assert code == 2
-    assert "--set prefill.device: prefill.device: 'cuda' would be ignored" in err
+    assert "--set decode.max_batch_size: decode.max_batch_size: 7 would be ignored" in err
     assert not (tmp_path / "r").exists()
 
 

@@ -44,7 +44,13 @@ def test_lmdeploy_preset_has_unequal_tensor_parallel_sizes() -> None:
 def test_what_nothing_reads_yet_is_refused_by_name() -> None:
     loaded = load_with_origins(PRESETS / "lmdeploy-tp8-tp4.yaml", env=ENV)
     paths = [fault.path for fault in unread_faults(loaded.settings, loaded.origins)]
-    assert "prefill.device" in paths
+    assert paths == ["prefill.tensor_parallel_size", "decode.tensor_parallel_size"]
+
+
+def test_gpus_are_asked_for_by_name_and_one_rank_on_each_is_taken() -> None:
+    loaded = load_with_origins(PRESETS / "vllm-8p32d.yaml", env=ENV)
+    assert (loaded.settings.prefill.device, loaded.settings.decode.device) == ("cuda", "cuda")
+    assert [fault.path for fault in unread_faults(loaded.settings, loaded.origins)] == ["decode.max_batch_size"]
 
 
 def test_local_preset_asks_for_nothing_that_is_not_built() -> None:
