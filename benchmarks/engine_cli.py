@@ -17,7 +17,7 @@ from benchmarks.engine_cases import CASES
 from benchmarks.engine_determinism import measure_determinism
 from benchmarks.engine_isolation import IsolationSpec, measure_isolation
 from benchmarks.engine_memory import MemorySpec, made_shapes, measure_memory, quarters
-from benchmarks.engine_profile import measure_profile
+from benchmarks.engine_profile import SAMPLINGS, measure_profile
 from benchmarks.engine_rivals import RIVALS, RivalOptions
 from benchmarks.engine_shapes import SHAPES
 from benchmarks.engine_speculation import SpeculationSpec, measure_speculation
@@ -45,6 +45,13 @@ class _Result:
 @click.command()
 @click.option("--isolation", is_flag=True, help="A step in a loaded worker against the engine alone.")
 @click.option("--profile", is_flag=True, help="Where a step's time goes.")
+@click.option(
+    "--sampling",
+    "samplings",
+    multiple=True,
+    type=click.Choice(list(SAMPLINGS)),
+    help="How tokens are chosen in --profile; may be repeated. [default: greedy]",
+)
 @click.option("--speculation", is_flag=True, help="Guesses by prompt look-up against none, one prompt at a time.")
 @click.option("--determinism", is_flag=True, help="How often tokens depend on the batch, and what it costs if not.")
 @click.option(
@@ -96,6 +103,7 @@ class _Result:
 def engine(
     isolation: bool,
     profile: bool,
+    samplings: tuple[str, ...],
     speculation: bool,
     determinism: bool,
     long_context: int | None,
@@ -118,6 +126,8 @@ def engine(
     if sum((isolation, profile, speculation, determinism, long_context is not None, bool(rivals))) > 1:
         names = "--isolation, --profile, --speculation, --determinism, --long-context and --compare"
         raise click.UsageError(f"{names} exclude each other")
+    if samplings and not profile:
+        raise click.UsageError("--sampling goes with --profile")
     load_before = os.getloadavg()[0]
     if load_before > QUIET_LOAD:
         _say(f"notice: other programs run here (load average {load_before:.1f}): only ratios of rounds mean something")
@@ -158,17 +168,17 @@ def engine(
             )
             venvs = {"vllm": vllm_venv, "llama.cpp": llama_cpp_venv}
             options = RivalOptions({name: path for name, path in venvs.items() if path}, vllm_eager)
-            result = _measure(speed, rivals, options, is_profile=profile, is_determinism=determinism)
+            if profile:
+                found = measure_profile(speed, say=_say, samplings=samplings or ("greedy",))
+                result = _Result("profile", *found, engine_report.profile_sheets)
+            else:
+                result = _measure(speed, rivals, options, is_determinism=determinism)
     except BenchError as error:
         raise click.ClickException(str(error)) from error
     _show(result, load_before, as_json=as_json, save=save)
 
 
-def _measure(
-    speed: SpeedSpec, rivals: Sequence[str], options: RivalOptions, *, is_profile: bool, is_determinism: bool
-) -> _Result:
-    if is_profile:
-        return _Result("profile", *measure_profile(speed, say=_say), engine_report.profile_sheets)
+def _measure(speed: SpeedSpec, rivals: Sequence[str], options: RivalOptions, *, is_determinism: bool) -> _Result:
     if is_determinism:
         return _Result("determinism", *measure_determinism(speed, say=_say), engine_report.determinism_sheets)
     makers = [RIVALS[name](options, _say) for name in dict.fromkeys(rivals)]

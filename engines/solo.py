@@ -3,7 +3,7 @@
     python -m engines.solo --concurrency 64 --num-requests 256 --input-len 64 --output-len 64 --cpus 1
     python -m engines.solo --cpus 1 --jobs        one job per line of standard input, see `Job`
 
-The engine process is the one that workers start; this program only feeds it over its socket, closed loop, greedy. It
+The engine process is the one that workers start; this program only feeds it over its socket, closed loop. It
 prints one JSON line when the engine is ready (with `--jobs`) and one per job. Steps go to $CELERIAC_STEP_LOG.
 """
 
@@ -41,6 +41,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         min_output_len: above 0, output lengths are uniform between it and `output_len`.
         wants_ids: the result has `token_ids` too: a list for each request, in their order.
         wants_counters: it also has `counters`, totals of the engine since it started.
+        params: how tokens are chosen; lengths are as above, and no request ends before.
         prompts: these, one after another and from the first again, instead of `input_len` random ids.
     """
 
@@ -53,6 +54,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: int = 0
     wants_ids: bool = False
     wants_counters: bool = False
+    params: SamplingParams = SamplingParams(temperature=0.0)
     prompts: list[list[int]] = []
 
     def concurrency_at(self, num_steps: int) -> int:
@@ -149,7 +151,7 @@ class Feeder:
                 mode="local",
                 prompt_ids=job.prompts[i % len(job.prompts)] if job.prompts else random_ids,
                 choices=[[]],
-                params=SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True),
+                params=msgspec.structs.replace(job.params, max_tokens=num_output, ignore_eos=True),
                 seed=number,
             )
 

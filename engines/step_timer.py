@@ -6,6 +6,9 @@ The engine thread runs through the parts in a fixed order, so one stamp at the e
 
 `metadata` is what `begin_step` needs: ids, positions, slot mapping, block tables. `other` is what lies between parts:
 hand-offs looking for a grant, stats, finish rules. Written to `<folder>/<incarnation>.parts`, one JSON object per step.
+
+Beside the time that passed, each part has the CPU time of the engine thread: on a machine that others use too, it tells
+work from waiting for a core. Parts that other threads help with (forward, logits, sample) need more of it than that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from time import thread_time
 from typing import TYPE_CHECKING
 
 from engines.scheduler.plan import StepPlan
@@ -49,11 +53,12 @@ OFF = StepTimer()
 class StepProfile(StepTimer):
     """Owned by the engine thread."""
 
-    def __init__(self, path: Path, clock: Clock = now_s) -> None:
+    def __init__(self, path: Path, clock: Clock = now_s, cpu_clock: Clock = thread_time) -> None:
         self._file = path.open("a")
-        self._clock = clock
-        self._last_s = clock()
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._last_s, self._last_cpu_s = clock(), cpu_clock()
         self._parts_ms: dict[str, float] = defaultdict(float)
+        self._cpu_ms: dict[str, float] = defaultdict(float)
         self._lines: list[str] = []
 
     @classmethod
@@ -62,9 +67,10 @@ class StepProfile(StepTimer):
         return cls(Path(folder) / f"{incarnation}.parts") if folder else None
 
     def split(self, part: str) -> None:
-        now = self._clock()
+        now, cpu = self._clock(), self._cpu_clock()
         self._parts_ms[part] += (now - self._last_s) * 1e3
-        self._last_s = now
+        self._cpu_ms[part] += (cpu - self._last_cpu_s) * 1e3
+        self._last_s, self._last_cpu_s = now, cpu
 
     def end_step(self, plan: StepPlan, elapsed_s: float) -> None:
         self.split(OTHER)
@@ -73,6 +79,7 @@ class StepProfile(StepTimer):
             "num_tokens": plan.num_tokens,
             "step_ms": elapsed_s * 1e3,
             "parts_ms": {part: round(ms, 5) for part, ms in self._parts_ms.items()},
+            "cpu_ms": {part: round(ms, 5) for part, ms in self._cpu_ms.items()},
         }
         self._lines.append(json.dumps(line) + "\n")
         if len(self._lines) >= FLUSH_EVERY_STEPS:
@@ -81,7 +88,8 @@ class StepProfile(StepTimer):
 
     def reset(self) -> None:
         self._parts_ms.clear()
-        self._last_s = self._clock()
+        self._cpu_ms.clear()
+        self._last_s, self._last_cpu_s = self._clock(), self._cpu_clock()
 
     def flush(self) -> None:
         self._file.write("".join(self._lines))

@@ -80,3 +80,19 @@ def test_the_timer_that_is_off_writes_nothing(tmp_path: Path, monkeypatch: pytes
     OFF.end_step(PLAN, 1.0)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cpu_time_is_told_apart_from_time_that_passed(tmp_path: Path) -> None:
+    clock, cpu = VirtualClock(), VirtualClock()
+    profile = StepProfile(tmp_path / "x.parts", clock, cpu)
+    clock.advance(9.0)  # waiting for a core
+    cpu.advance(1.0)
+    profile.split("metadata")
+    profile.end_step(PLAN, 9.0)
+    profile.flush()
+
+    (step,) = written(tmp_path / "x.parts")
+    assert (step["parts_ms"], step["cpu_ms"]) == (
+        {"metadata": pytest.approx(9000), "other": 0.0},
+        {"metadata": pytest.approx(1000), "other": 0.0},
+    )
