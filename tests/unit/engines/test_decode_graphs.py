@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from engines.graphs.buckets import MAX_PADDED_TOKENS, ROW_BUCKETS, bucket_of
 from engines.graphs.capture import CudaGraphs, GraphMaker
 from engines.graphs.decode_graphs import DecodeGraphs
 from engines.graphs.decode_inputs import DecodeStep
+from engines.graphs.make import choose_graphs
 from engines.models.llama import LlamaModel
 from engines.packed_batch import PackedBatch
 from engines.runner import ForwardPass
@@ -261,3 +263,21 @@ def test_buckets_hold_their_steps_and_bound_what_a_step_gathers() -> None:
             assert bucket[0] >= num_rows
             assert bucket[1] >= num_pages
             assert bucket[0] * bucket[1] * 32 <= MAX_PADDED_TOKENS
+
+
+def test_graphs_are_for_gpus_unless_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    assert isinstance(choose_graphs("auto", "cuda"), CudaGraphs)
+    assert choose_graphs("off", "cuda") is None
+    assert choose_graphs("auto", "cpu") is None
+
+
+def test_a_model_with_windows_has_no_graphs_and_says_so(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folders["llama"])
+    model.config = replace(model.config, windows=(4,) * model.config.num_layers)
+    with caplog.at_level(logging.INFO):
+        rig = Rig(model, RecordedGraphs())
+    assert rig.forward._graphs is None
+    assert "decode graphs are off" in caplog.text
