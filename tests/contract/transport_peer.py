@@ -1,6 +1,7 @@
 """The other process of the transport tests: a writer or a receiver that is told over stdin what to do.
 
     python -m tests.contract.transport_peer <writer|receiver> <protocol> <run dir> [target address as JSON]
+As `bounced-writer` or `bounced-receiver` its KV lies apart from what peers can map.
 Prints its address (receiver), then one line per event: the name of its class.
 """
 
@@ -13,7 +14,7 @@ import sys
 import msgspec
 
 from kvstore.address import KVAddress
-from kvstore.transport import Arrived, GrantReceived, KVNode, KVRegion, ReserveRequested
+from kvstore.transport import Arrived, GrantReceived, KVNode, KVPort, KVRegion, ReserveRequested
 
 NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES = 32, 4, 64 << 10
 SECRET, COMPAT = b"the cluster secret", "compat-1"
@@ -21,14 +22,10 @@ SECRET, COMPAT = b"the cluster secret", "compat-1"
 
 def main() -> None:
     role, protocol, run_dir = sys.argv[1:4]
-    region = KVRegion.create(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
-    region.buffer[:] = bytes([7]) * region.num_bytes
-    node = KVNode(
-        incarnation=f"{role}-child", region=region, secret=SECRET, compat=COMPAT, protocols=(protocol,), run_dir=run_dir
-    )
+    node = make_node(role, protocol, run_dir)
     address = node.start()
     print(msgspec.json.encode(address).decode(), flush=True)
-    if role == "writer":
+    if role.endswith("writer"):
         target = msgspec.json.decode(sys.argv[4], type=KVAddress)
         node.reserve(target, "w:1", rid="r1", epoch=1, token="t", num_blocks=8, deadline_s=60)
     while True:
@@ -52,6 +49,23 @@ def main() -> None:
             elif not line:
                 node.stop()
                 return
+
+
+def make_node(role: str, protocol: str, run_dir: str) -> KVPort:
+    """All bytes of its KV are 7."""
+    num_blocks = 2 * NUM_BLOCKS if role.startswith("bounced") else NUM_BLOCKS
+    region = KVRegion.create(num_blocks, NUM_LAYERS, LAYER_BYTES)
+    node = KVNode(
+        incarnation=f"{role}-child", region=region, secret=SECRET, compat=COMPAT, protocols=(protocol,), run_dir=run_dir
+    )
+    if not role.startswith("bounced"):
+        region.buffer[:] = bytes([7]) * region.num_bytes
+        return node
+    from tests.contract.bounced_end import DeviceBytes, bounced  # torch: only where it is needed
+
+    device = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
+    device.buffer[:] = bytes([7]) * device.num_bytes
+    return bounced(node, region, device)
 
 
 if __name__ == "__main__":
