@@ -73,6 +73,13 @@ class _Result:
     "--case", "cases", multiple=True, type=click.Choice([case.name for case in CASES]), help="Cases; else all."
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: bfloat16; isolation: float32]")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the engine computes. cuda: decode and prefill speed beside what the GPU can do.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of each program, one per core; else all cores.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Interleaved rounds.")
 @click.option("--decode-tokens", type=click.IntRange(2), default=32, show_default=True, help="Steps of a decode case.")
@@ -111,6 +118,7 @@ def engine(
     shapes: tuple[str, ...],
     cases: tuple[str, ...],
     dtype: str | None,
+    device: str,
     threads: int | None,
     rounds: int,
     decode_tokens: int,
@@ -123,8 +131,9 @@ def engine(
     save: Path | None,
 ) -> None:
     """Measure the engine process alone: decode and prefill speed, beside what the machine can do."""
-    if sum((isolation, profile, speculation, determinism, long_context is not None, bool(rivals))) > 1:
-        names = "--isolation, --profile, --speculation, --determinism, --long-context and --compare"
+    num_modes = sum((isolation, profile, speculation, determinism, long_context is not None, bool(rivals)))
+    if num_modes + (device == "cuda") > 1:
+        names = "--isolation, --profile, --speculation, --determinism, --long-context, --compare and --device cuda"
         raise click.UsageError(f"{names} exclude each other")
     if samplings and not profile:
         raise click.UsageError("--sampling goes with --profile")
@@ -165,6 +174,7 @@ def engine(
                 dtype=dtype or "bfloat16",
                 cpus=first_cpus(threads),
                 decode_tokens=decode_tokens,
+                device=device,
             )
             venvs = {"vllm": vllm_venv, "llama.cpp": llama_cpp_venv}
             options = RivalOptions({name: path for name, path in venvs.items() if path}, vllm_eager)

@@ -63,8 +63,8 @@ def speed_sheets(rows: Sequence[Row]) -> list[Sheet]:
         *("roof, tokens/s", "of roof"),
     )
     notes = [
-        f"{shape}: {row['dtype']}, {row['num_threads']} threads, {row['num_rounds']} rounds; the machine reads "
-        f"{row['bandwidth_gb_per_s']:.1f} GB/s and multiplies {row['gemm_gflops']:.0f} GFLOP/s"
+        f"{shape}: {row['dtype']} on {row['device']}, {row['num_threads']} threads, {row['num_rounds']} rounds; the "
+        f"machine reads {row['bandwidth_gb_per_s']:.1f} GB/s and multiplies {row['gemm_gflops']:.0f} GFLOP/s"
         for shape, row in {row["shape"]: row for row in rows}.items()
     ]
     return [Sheet(columns, lines, notes)]

@@ -14,14 +14,21 @@ OURS: Final = "celeriac"
 
 
 def solo_program(
-    model: Path, cpus: Sequence[int], dtype: str, *, env: dict[str, str] | None = None, name: str = OURS
+    model: Path,
+    cpus: Sequence[int],
+    dtype: str,
+    *,
+    env: dict[str, str] | None = None,
+    name: str = OURS,
+    device: str = "cpu",
 ) -> Program:
-    """One engine with `cpus`. `env`: more variables."""
+    """One engine with `cpus`. `env`: more variables. `device`: cpu or cuda."""
     argv = [sys.executable, "-m", "engines.solo", "--jobs", "--cpus", ",".join(map(str, cpus))]
     argv += ["--timeout-s", str(JOB_TIMEOUT_S)]
     settings = {
         "CELERIAC_MODEL__PATH": str(model),
         "CELERIAC_MODEL__DTYPE": dtype,
+        "CELERIAC_DECODE__DEVICE": device,
         "CELERIAC_DECODE__MAX_NUM_BATCHED_TOKENS": str(MAX_NUM_BATCHED_TOKENS),
     }
     return Program(name, argv, env={**settings, **(env or {})})

@@ -31,7 +31,7 @@ GOALS_ARE_VS = "vllm"
 
 @dataclass(frozen=True)
 class SpeedSpec:
-    """`dtype`: float32 or bfloat16. `cpus`: cores of every program, one thread each."""
+    """`dtype`: float32 or bfloat16. `cpus`: cores of every program, one thread each. `device`: cpu or cuda."""
 
     shapes: tuple[str, ...]
     cases: tuple[str, ...]
@@ -39,6 +39,7 @@ class SpeedSpec:
     dtype: str
     cpus: tuple[int, ...]
     decode_tokens: int = 32
+    device: str = "cpu"
 
     def chosen_cases(self) -> list[Case]:
         return [case for case in CASES if case.name in self.cases]
@@ -62,11 +63,13 @@ def measure_speed(
     """
     rows: list[dict[str, Any]] = []
     ratios: dict[str, Ratio] = {}
+    with _rates_program(spec) as rates:  # before weights are written: a device that is not there is refused at once
+        say(f"measuring on {rates.facts['device']}")
     for name in spec.shapes:
         shape = SHAPES[name]
         with model_folder(shape, say) as model, ExitStack() as stack:
             say(f"{name}: starting programs")
-            programs = [stack.enter_context(solo_program(model, spec.cpus, spec.dtype))]
+            programs = [stack.enter_context(solo_program(model, spec.cpus, spec.dtype, device=spec.device))]
             programs += [stack.enter_context(make(model, spec.cpus, spec.dtype)) for make in rivals]
             rates = stack.enter_context(_rates_program(spec))
             samples, roofs = _run_rounds(spec, shape, programs, rates, say)
@@ -103,6 +106,7 @@ def model_folder(shape: Shape, say: Say) -> Iterator[Path]:
 def _rates_program(spec: SpeedSpec) -> Program:
     cpus = ",".join(map(str, spec.cpus))
     argv = [sys.executable, "-m", "engines.machine_rates", "--cpus", cpus, "--dtype", spec.dtype]
+    argv += ["--device", spec.device]
     return Program("engines.machine_rates", argv, env={})
 
 
@@ -157,6 +161,7 @@ def _rows(
             "case": case.name,
             "program": name,
             "dtype": spec.dtype,
+            "device": spec.device,
             "num_threads": len(spec.cpus),
             "num_rounds": len(good),
             "tokens_per_s": {"p10": percentile(good, 0.1), "p50": percentile(good, 0.5), "p90": percentile(good, 0.9)},

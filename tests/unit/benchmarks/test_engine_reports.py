@@ -55,6 +55,7 @@ def test_speed_stands_beside_what_the_machine_reads_and_multiplies() -> None:
         "program": "celeriac",
         "dtype": "bfloat16",
         "num_threads": 2,
+        "device": "cpu",
         "num_rounds": 10,
         "tokens_per_s": {"p10": 9.0, "p50": 10.0, "p90": 11.0},
         "roof_tokens_per_s": 20.0,

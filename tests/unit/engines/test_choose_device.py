@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from engines.errors import DeviceUnavailable
 from engines.factory import choose_device, choose_dtype, keep_products_exact
+from engines.machine_rates import main as machine_rates
 
 
 def a_machine(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool, build: str | None = "12.8") -> None:
@@ -68,3 +70,10 @@ def test_float32_is_not_rounded_to_tf32() -> None:
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+def test_the_benchmark_of_a_gpu_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_machine(monkeypatch, has_gpu=False)
+    result = CliRunner().invoke(machine_rates, ["--device", "cuda"])
+    assert result.exit_code == 1
+    assert "torch sees no GPU" in result.output
