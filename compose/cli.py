@@ -153,6 +153,18 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("request_id", metavar="ID")
+@run_dir_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def request(request_id: str, run_dir: Path | None, as_json: bool) -> None:
+    """Show where a request is and how long each of its phases took."""
+    from compose.request_view import read_request, request_table
+
+    found = read_request(chosen_run_dir(run_dir), request_id)
+    click.echo(json.dumps(found) if as_json else request_table(found))
+
+
+@cli.command()
 @click.argument("name", required=False)
 @run_dir_option
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on.")

@@ -8,6 +8,7 @@ prefill worker, of both KV threads and of the decode worker lie where they shoul
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def test_stamps_of_the_server_lie_between_the_phases_that_the_workers_measured(c
     assert sampled_ms - CLOSES_WITHIN_MS <= seen["ttft"], "the first token was published before it was sampled"
     assert seen["ttft"] <= seen["total"]
     assert seen["handoff"] == pytest.approx(seen["transfer"] + seen["decode_wait"], abs=0.01)
+
+
+def test_command_shows_the_phases_that_the_api_tells(cluster: Cluster) -> None:
+    (stream,) = asyncio.run(read_streams(cluster.url, [body(9)]))
+    seen = timings_of(cluster, stream)
+    command = ("request", stream.request_id, "--run-dir", str(cluster.run_dir))
+
+    shown = json.loads(cluster.cli(*command, "--json").stdout)["timings_ms"]
+
+    assert shown.keys() >= {*PHASES, "handoff", "ttft", "total", "closure"}
+    assert shown == {name: seen[name] for name in shown}
+    lines = cluster.cli(*command).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == list(PHASES)
 
 
 def test_phases_of_a_request_are_counted_by_the_gateway(cluster: Cluster) -> None:
