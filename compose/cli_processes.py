@@ -19,7 +19,7 @@ _QUEUES = {"prefill": "prefill.{model}", "decode": "decode.{model}.{node}", "bot
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option("--role", type=click.Choice(["prefill", "decode", "both"]), required=True)
 @click.option("-n", "--name", help="Node name, such as p0. [default: the role and this process's id]")
-@click.option("--gpu", help="GPU of this worker; without it: the CPU.")
+@click.option("--gpu", help="GPU of this worker; without it: the first one that is visible, or the CPU.")
 @click.option("--share-gpu", is_flag=True, help="Allow another worker on the same GPU.")
 @click.option("--cpus", help="Cores of this worker's engine, such as 0-3.")
 @click.option("--config", "config_file", metavar="FILE", help="Settings; without it those of the running cluster.")

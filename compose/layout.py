@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from compose.gpus import divide_gpus
 from configs.loader import CONFIG_VARIABLE, ENV_PREFIX, SECRET_VARIABLE
 from configs.schema import Settings
 from engines.step_log import VARIABLE as STEP_LOG_VARIABLE
@@ -49,23 +50,34 @@ class ClusterPlan:
 
 
 def plan_cluster(
-    settings: Settings, *, cluster_file: Path, cores: Sequence[int], hostname: str, env: Mapping[str, str]
+    settings: Settings,
+    *,
+    cluster_file: Path,
+    cores: Sequence[int],
+    hostname: str,
+    env: Mapping[str, str],
+    gpus: Sequence[str] = (),
 ) -> ClusterPlan:
-    """Workers in the order prefill, decode, both; then gateway and Flower."""
+    """Workers in the order prefill, decode, both; then gateway and Flower.
+
+    Args:
+        gpus: as `--gpu` takes them. Workers whose `device` is not cpu are pinned to one each, in turn.
+    """
     base = child_env(env, cluster_file)
     roles = worker_roles(settings)
     shares, notice = divide_cores(cores, len(roles))
+    pins, gpu_notice = divide_gpus(gpus, [_device_of(settings, role) != "cpu" for role in roles])
     children = []
     counts: dict[Role, int] = {}
-    for role, cpus in zip(roles, shares, strict=True):
+    for role, cpus, pin in zip(roles, shares, pins, strict=True):
         index = counts.get(role, 0)
         counts[role] = index + 1
         node = f"{NODE_PREFIX[role]}{index}@{hostname}"
-        children.append(_worker(settings, role=role, node=node, cpus=cpus, env=base))
+        children.append(_worker(settings, role=role, node=node, cpus=cpus, pin=pin, env=base))
     children.append(ChildSpec("gateway", "gateway", (sys.executable, "-m", "compose.cli", "gateway"), base))
     if settings.flower.enabled:
         children.append(_flower(settings, base))
-    return ClusterPlan(tuple(children), (notice,) if notice else ())
+    return ClusterPlan(tuple(children), tuple(each for each in (notice, gpu_notice) if each))
 
 
 def worker_roles(settings: Settings) -> list[Role]:
@@ -126,7 +138,14 @@ def child_env(env: Mapping[str, str], cluster_file: Path) -> dict[str, str]:
     }
 
 
-def _worker(settings: Settings, *, role: Role, node: str, cpus: tuple[int, ...], env: Mapping[str, str]) -> ChildSpec:
+def _device_of(settings: Settings, role: Role) -> str:
+    sizes = settings.prefill if role == "prefill" else settings.decode
+    return "cpu" if sizes.tensor_parallel_size > 1 else sizes.device  # ranks compute on the CPU
+
+
+def _worker(
+    settings: Settings, *, role: Role, node: str, cpus: tuple[int, ...], pin: tuple[str, ...], env: Mapping[str, str]
+) -> ChildSpec:
     model = settings.model.name
     queue = {
         "prefill": f"prefill.{model}",
@@ -135,7 +154,7 @@ def _worker(settings: Settings, *, role: Role, node: str, cpus: tuple[int, ...],
     }[role]
     argv = (
         *(sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", queue, "-n", node, "--role", role),
-        *("--cpus", core_list(cpus), "--loglevel", "INFO", "--without-gossip", "--without-mingle"),
+        *("--cpus", core_list(cpus), *pin, "--loglevel", "INFO", "--without-gossip", "--without-mingle"),
     )
     threads = {"OMP_NUM_THREADS": str(len(cpus))}
     return ChildSpec(node.split("@")[0], "worker", argv, {**env, **threads}, role=role, node=node, cpus=cpus)

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from compose.errors import EnvironmentProblem
+from compose.gpus import usable_gpus
 from compose.layout import plan_cluster
 from compose.ports import free_port
 from compose.preflight import (
@@ -26,6 +27,7 @@ from compose.preflight import (
     check_redis,
     check_transfer,
     check_workers,
+    visible_gpus,
 )
 from compose.readiness import flower_url, gateway_url
 from compose.run_folder import RunFolder
@@ -78,6 +80,7 @@ def run_local(loaded: Loaded, *, env: Mapping[str, str], report: Report, ready: 
             cores=sorted(os.sched_getaffinity(0)),
             hostname=socket.gethostname(),
             env=env,
+            gpus=usable_gpus(env, len(visible_gpus())),
         )
         for notice in plan.notices:
             report(f"notice: {notice}")

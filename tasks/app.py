@@ -32,7 +32,10 @@ def make_app(settings: Settings) -> Celery:
     application.user_options["worker"].update(
         (
             Option(("--role",), type=Choice(["prefill", "decode", "both"]), help="Role; without it, what -Q says."),
-            Option(("--gpu",), help="GPU index of this worker (CUDA_VISIBLE_DEVICES of its engine). Without: CPU."),
+            Option(
+                ("--gpu",),
+                help="CUDA_VISIBLE_DEVICES of this worker's engine. Without: the first visible GPU, or the CPU.",
+            ),
             Option(("--share-gpu",), is_flag=True, help="Allow another worker of this host on the same GPU."),
             Option(
                 ("--tensor-parallel-size",),

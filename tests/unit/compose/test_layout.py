@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,40 @@ import configs
 from compose.layout import ClusterPlan, child_env, core_list, divide_cores, plan_cluster
 
 
-def plan(cores: list[int], **env: str) -> ClusterPlan:
+def plan(cores: list[int], *, gpus: tuple[str, ...] = (), **env: str) -> ClusterPlan:
     settings = configs.load(env={"HOME": "/h", **env})
     return plan_cluster(
-        settings, cluster_file=Path("/r/cluster.yaml"), cores=cores, hostname="host", env={"PATH": "/bin"}
+        settings,
+        cluster_file=Path("/r/cluster.yaml"),
+        cores=cores,
+        hostname="host",
+        env={"PATH": "/bin"},
+        gpus=gpus,
     )
+
+
+def pins(planned: ClusterPlan) -> list[str]:
+    """What each worker is told of GPUs."""
+    words = [" ".join(worker.argv) for worker in planned.of("worker")]
+    return [" ".join(re.findall(r"--gpu \S+|--share-gpu", line)) for line in words]
+
+
+def test_each_worker_has_a_gpu_of_its_own_while_there_are_enough() -> None:
+    planned = plan([0, 1], gpus=("0", "2"))
+    assert pins(planned) == ["--gpu 0", "--gpu 2"]
+    assert planned.notices == ()
+
+
+def test_more_workers_than_gpus_share_them_with_a_notice() -> None:
+    planned = plan([0, 1, 2], gpus=("0", "1"), CELERIAC_DECODE__NUM_WORKERS="2")
+    assert pins(planned) == ["--gpu 0 --share-gpu", "--gpu 1 --share-gpu", "--gpu 0 --share-gpu"]
+    assert planned.notices == ("3 workers share 2 GPUs: each takes `kv.memory_bytes` of its GPU's memory.",)
+
+
+def test_workers_on_the_cpu_and_machines_without_gpus_pin_nothing() -> None:
+    assert pins(plan([0, 1], gpus=("0",), CELERIAC_PREFILL__DEVICE="cpu")) == ["", "--gpu 0"]
+    assert pins(plan([0, 1], gpus=("0",), CELERIAC_DECODE__TENSOR_PARALLEL_SIZE="2")) == ["--gpu 0", ""]
+    assert pins(plan([0, 1])) == ["", ""]
 
 
 def test_default_cluster_has_a_prefill_and_a_decode_worker_with_a_core_each() -> None:
