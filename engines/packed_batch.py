@@ -29,6 +29,8 @@ class PackedBatch:
         Raises:
             IndexError: a sequence has no block, or no id, for a token that it is to compute.
         """
+        if all(item.num_new_tokens == 1 for item in scheduled):
+            return cls._of_single_tokens(scheduled, block_size)
         ids: list[int] = []
         blocks: list[int] = []
         for item in scheduled:
@@ -46,6 +48,15 @@ class PackedBatch:
         positions = np.repeat(starts - _before(counts), counts) + np.arange(len(ids))
         block_idx = positions // block_size + np.repeat(_before(num_blocks) - firsts, counts)
         slots = np.array(blocks, dtype=np.int64)[block_idx] * block_size + positions % block_size
+        return cls(np.array(ids, dtype=np.int64), positions, slots)
+
+    @classmethod
+    def _of_single_tokens(cls, scheduled: Items[ScheduledSequence], block_size: int) -> PackedBatch:
+        """A step of decode."""
+        positions = np.array([item.start for item in scheduled], dtype=np.int64)
+        ids = [item.sequence.token_at(item.start) for item in scheduled]
+        blocks = [item.sequence.block_table[item.start // block_size] for item in scheduled]
+        slots = np.array(blocks, dtype=np.int64) * block_size + positions % block_size
         return cls(np.array(ids, dtype=np.int64), positions, slots)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engines.params import SamplingParams
 
 if TYPE_CHECKING:
+    from engines.sampling.row import SamplingRow
     from engines.speculation.proposer import DraftHistory
     from engines.structured.state import GrammarState
 from engines.prompt_scores import PromptScores
@@ -30,6 +31,7 @@ class Sequence:
         grammar: where its output stands in its constraint; before it is scheduled if it has one, else None.
         prompt_scores: logprobs of the prompt so far, where the request wants them.
         draft_history: what speculation keeps of it, once it guesses for it.
+        sampling_row: what the sampler is told of it, made once.
         epoch: of the ownership it is computed under; its tokens carry it.
         owner: (epoch, token) in the request's record since it decodes here; None before, and it cannot be passed on.
         num_preemptions: how often its blocks were taken, over all workers.
@@ -57,6 +59,7 @@ class Sequence:
     num_reserved_tokens: int = 0
     prompt_scores: PromptScores | None = None
     draft_history: DraftHistory | None = None
+    sampling_row: SamplingRow | None = None
 
     @property
     def wants_prompt_scores(self) -> bool:
@@ -74,6 +77,10 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    def token_at(self, position: int) -> int:
+        place = position - len(self.prompt_token_ids)
+        return self.output_token_ids[place] if place >= 0 else self.prompt_token_ids[position]
 
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Token ids at positions [start, stop), over prompt and output."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import numpy as np
+import msgspec
 
 from engines.sampling.row import SamplingRow
 from engines.scheduler.plan import ScheduledSequence, StepPlan
@@ -19,8 +19,7 @@ from engines.speculation.verify import num_kept_tokens
 from kvstore.state.entries import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
+class SampledTokens(msgspec.Struct, frozen=True):
     """New tokens of a sequence that reached its end.
 
     With one sample they follow each other, one or, behind right guesses, several. With more there are `num_samples` of
@@ -53,11 +52,20 @@ class StepRows:
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepRows:
-        needs = cls()
-        ends = np.cumsum([item.num_new_tokens for item in plan.scheduled]).tolist()
-        for item, end in zip(plan.scheduled, ends, strict=True):
-            if item.samples:
+        needs, end = cls(), 0
+        for item in plan.scheduled:
+            end += item.num_new_tokens
+            if not item.samples:
+                continue
+            sequence = item.sequence
+            if item.draft or sequence.num_samples != 1:
                 needs._add(item, end)
+                continue
+            needs.items.append(item)
+            needs.logit_of.append(len(needs.hidden_rows))
+            needs.hidden_rows.append(end - 1)
+            needs.rids.append(sequence.rid)
+            needs.rows.append(_row(sequence))
         return needs
 
     def result(
@@ -65,13 +73,14 @@ class StepRows:
     ) -> list[SampledTokens]:
         """What each item got; `broken` logit rows had nothing to choose from."""
         sampled, at = [], 0
+        wants_logprobs = any(entry is not None for entry in logprobs)
         for item in self.items:
             lo, at = at, at + _num_rows(item)
             hi = at
             if item.draft:
                 is_usable = [self._is_usable(i, broken) for i in range(lo, at)]
                 hi = lo + num_kept_tokens(item.draft, token_ids[lo:at], is_usable)
-            found = [entry for entry in logprobs[lo:hi] if entry is not None]
+            found = [entry for entry in logprobs[lo:hi] if entry is not None] if wants_logprobs else []
             sampled.append(SampledTokens(item.sequence, token_ids[lo:hi], found or None))
         return sampled
 
@@ -85,10 +94,11 @@ class StepRows:
         self.rids += [sequence.rid] * (1 + len(draft))
         if not draft:
             self.logit_of += [first] * sequence.num_samples
-            self.rows += [_row(sequence, sequence.choice + j) for j in range(sequence.num_samples)]
+            self.rows.append(_row(sequence))
+            self.rows += [_make_row(sequence, sequence.choice + j) for j in range(1, sequence.num_samples)]
             return
         self.logit_of += range(first, first + 1 + len(draft))
-        self.rows.append(_row(sequence, sequence.choice))
+        self.rows.append(_row(sequence))
         self.drafted.update(range(first + 1, first + 1 + len(draft)))
         for i in range(1, 1 + len(draft)):
             self.rows.append(_row_behind(sequence, draft[:i]))
@@ -102,7 +112,15 @@ def _num_rows(item: ScheduledSequence) -> int:
     return 1 + len(item.draft) if item.draft else item.sequence.num_samples
 
 
-def _row(sequence: Sequence, choice: int) -> SamplingRow:
+def _row(sequence: Sequence) -> SamplingRow:
+    """The same from step to step: it holds the sequence's own lists."""
+    row = sequence.sampling_row
+    if row is None or row.output_ids is not sequence.output_token_ids or row.grammar is not sequence.grammar:
+        row = sequence.sampling_row = _make_row(sequence, sequence.choice)
+    return row
+
+
+def _make_row(sequence: Sequence, choice: int) -> SamplingRow:
     return SamplingRow(
         sequence.params, sequence.seed, choice, sequence.prompt_token_ids, sequence.output_token_ids, sequence.grammar
     )

@@ -22,6 +22,7 @@ from engines.attention.backend import AttentionMetadata
 from engines.ext.library import HEAD_DIMS, Kernels
 
 SPLIT_TOKENS: Final = 512  # kSplit
+_ROOM: Final = (0,) * 8  # blocks that a table may grow by before the arrays are made again
 QUERY_ROWS: Final = 96  # kQueryRows
 
 
@@ -85,6 +86,12 @@ class NativeAttention:
         self._slots = torch.empty(0, dtype=torch.int64)
         self._arrays = np.empty(0, dtype=np.int64)
         self._partials = torch.empty(0)
+        # What the arrays were made of, and where in them the starts and the room of each table are.
+        self._counts: list[int] = []
+        self._block_tables: list[list[int]] = []
+        self._starts = self._arrays
+        self._table_at: list[int] = []
+        self._table_ends: list[int] = []
 
     @property
     def step_address(self) -> int:
@@ -94,21 +101,25 @@ class NativeAttention:
     def begin_step(self, metadata: AttentionMetadata) -> None:
         rows = metadata.rows
         starts = np.array([row.start for row in rows], dtype=np.int64)
-        num_new = np.array([row.num_new_tokens for row in rows], dtype=np.int64)
-        lengths = np.array([len(row.block_table) for row in rows], dtype=np.int64)
-        tables = np.fromiter(
-            chain.from_iterable(row.block_table for row in rows), dtype=np.int64, count=int(lengths.sum())
-        )
+        counts, block_tables = [row.num_new_tokens for row in rows], [row.block_table for row in rows]
+        num_new = np.array(counts, dtype=np.int64)
+        self._point_at_slots(metadata.slot_mapping)
+        if self._goes_on(starts, counts, block_tables):
+            return
+        # Behind each table there is room for it to grow.
+        lengths = np.array([len(table) + len(_ROOM) for table in block_tables], dtype=np.int64)
+        with_room = chain.from_iterable((table, _ROOM) for table in block_tables)
+        tables = np.fromiter(chain.from_iterable(with_room), dtype=np.int64, count=int(lengths.sum()))
+        table_at = lengths.cumsum() - lengths
         is_decode = num_new == 1
         splits = np.where(is_decode, starts // SPLIT_TOKENS + 1, 0)
         tiles = np.where(is_decode, 0, -(-num_new // self._tile_tokens))
         decode_row, decode_split = _tasks(splits)
         prefill_row, prefill_tile = _tasks(tiles)
         merge_row = (splits > 1).nonzero()[0]
-        self._slots = metadata.slot_mapping
         self._point_at(
             tables=tables,
-            table_at=lengths.cumsum() - lengths,
+            table_at=table_at,
             token_at=num_new.cumsum() - num_new,
             starts=starts,
             num_new=num_new,
@@ -119,15 +130,44 @@ class NativeAttention:
             merge_row=merge_row,
             partial_at=splits.cumsum() - splits,
         )
+        first = len(tables) + 2 * len(rows)
+        self._starts = self._arrays[first : first + len(rows)]
+        self._counts, self._block_tables = counts, block_tables
+        self._table_at, self._table_ends = table_at.tolist(), (table_at + lengths).tolist()
         args = self._args
-        args.num_threads = torch.get_num_threads()
-        args.num_tokens = len(self._slots)
-        args.slots = self._slots.data_ptr()
         args.num_decode, args.num_prefill, args.num_merge = len(decode_row), len(prefill_row), len(merge_row)
         size = len(decode_row) * args.num_heads * (self._head_dim + 2)
         if size > self._partials.numel():
             self._partials = torch.empty(size)
         args.partials = self._partials.data_ptr()
+
+    def _point_at_slots(self, slots: Tensor) -> None:
+        self._slots = slots
+        args = self._args
+        args.num_threads = torch.get_num_threads()
+        args.num_tokens, args.slots = len(slots), slots.data_ptr()
+
+    def _goes_on(self, starts: np.ndarray, counts: list[int], block_tables: list[list[int]]) -> bool:
+        """Bring the arrays up to date where nothing is new but a token each of the same decoding sequences.
+
+        False: the batch is another one; the arrays are to be made again.
+        """
+        if counts != self._counts or max(counts, default=0) != 1:
+            return False
+        if (starts // SPLIT_TOKENS != self._starts // SPLIT_TOKENS).any():
+            return False
+        for i, (table, before) in enumerate(zip(block_tables, self._block_tables, strict=True)):
+            if table is before:  # a table that grows is another list
+                continue
+            num_before, num_new = len(before), len(table) - len(before)
+            room = self._table_ends[i] - self._table_at[i] - num_before
+            if not 0 <= num_new <= room or table[:num_before] != before:
+                return False
+            lo = self._table_at[i] + num_before
+            self._arrays[lo : lo + num_new] = table[num_before:]
+            self._block_tables[i] = table
+        self._starts[:] = starts
+        return True
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         assert k.stride()[1:] == v.stride()[1:] == (self._head_dim, 1), (k.stride(), v.stride())
