@@ -271,5 +271,5 @@ class BouncedNode:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
+        with contextlib.suppress(BlockingIOError, OSError, ValueError):  # ValueError: the node has closed it
             os.eventfd_write(self.wake_fd, 1)

@@ -225,6 +225,25 @@ def test_the_engine_hears_of_an_arrival_when_it_is_in_its_kv(two: tuple[BouncedE
     assert reader.region.block(1) == writer.region.block(0)
 
 
+def test_blocks_of_a_cancelled_arrival_come_back_behind_its_copy(two: tuple[BouncedEnd, BouncedEnd]) -> None:
+    writer, reader = two
+    granted(writer, reader, "w:1", [1])
+    release = reader.hold_copies("in")
+    writer.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)
+    writer.node.commit("w:1", src_blocks=[0], num_tokens=32, state=b"")
+    ends_s = time.monotonic() + 5
+    while not reader.node.grants()["COMMITTED"]:
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+    reader.node.settle("w:1", False)
+    assert not reader.sees(BlocksFree, within_s=0.3)
+    assert num_slots_used(reader) == 1
+    release()
+    hears(reader, BlocksFree, "w:1")
+    assert [type(event) for event in reader.events] == [ReserveRequested, Arrived, BlocksFree]
+    assert num_slots_used(reader) == 0
+
+
 def test_source_blocks_are_free_only_when_no_copy_reads_them(two: tuple[BouncedEnd, BouncedEnd]) -> None:
     writer, reader = two
     granted(writer, reader, "w:1", [1])
