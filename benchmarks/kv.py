@@ -43,8 +43,14 @@ OUTPUT_WIDTH: Final = 120
     show_default=True,
     help="Transport to measure; may be given several times. rdma: NIXL, over tcp where no device is.",
 )
+@click.option(
+    "--case",
+    "words",
+    multiple=True,
+    help="Measure only cases with this in their name, such as `notice` or `16k`; may be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def kv(rounds: int, mib: int, protocols: tuple[str, ...], as_json: bool) -> None:
+def kv(rounds: int, mib: int, protocols: tuple[str, ...], words: tuple[str, ...], as_json: bool) -> None:
     """Measure KV transfers: large and 16 KiB blocks, with and without checksum, 1 to 8 pairs at once; over shm and tcp
     also pairs of unlike layouts: half of the heads, blocks of 16 into 32 tokens, bfloat16 into float32, compressed.
 
@@ -53,7 +59,7 @@ def kv(rounds: int, mib: int, protocols: tuple[str, ...], as_json: bool) -> None
     """
     load_before = os.getloadavg()[0]
     try:
-        measured = run_program(rounds, mib, list(dict.fromkeys(protocols)))
+        measured = run_program(rounds, mib, list(dict.fromkeys(protocols)), words)
     except ProgramFailed as error:
         raise click.ClickException(str(error)) from error
     rows, ratios = summarize_rounds(measured)
@@ -71,13 +77,13 @@ def kv(rounds: int, mib: int, protocols: tuple[str, ...], as_json: bool) -> None
     print_sheets(console, engine_report.ratio_sheets(ratios))
 
 
-def run_program(num_rounds: int, mib: int, protocols: Sequence[str]) -> dict[str, Any]:
+def run_program(num_rounds: int, mib: int, protocols: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:
     """The raw seconds of every case and round.
 
     Raises:
         ProgramFailed: it ended with an error, or hangs.
     """
-    command = [sys.executable, "-m", PROGRAM, str(num_rounds), str(mib), ",".join(protocols)]
+    command = [sys.executable, "-m", PROGRAM, str(num_rounds), str(mib), ",".join(protocols), *words]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except subprocess.CalledProcessError as error:
@@ -113,10 +119,10 @@ def summarize_rounds(measured: Mapping[str, Any]) -> tuple[list[dict[str, Any]],
         goal_us = NOTICE_GOAL_US[protocol]
         name = f"{protocol}_64k_notice_p50_vs_{goal_us:g}us"
         ratios[name] = paired_ratio(per_round_us, [goal_us] * len(rounds), goal=1.0, at_most=True)
-    for name in ("hash", "copy_and_hash"):
+    for name in [name for name in ("hash", "copy_and_hash") if name in seconds]:
         ratios[f"{name}_vs_memcpy"] = paired_ratio(seconds["memcpy"], seconds[name])
     checked = ("shm_contiguous", "shm_16k", "tcp_contiguous", "rdma_contiguous")
-    for name in [name for name in checked if name in seconds]:
+    for name in [name for name in checked if name in seconds and f"{name}_checked" in seconds]:
         ratio = paired_ratio(seconds[name], seconds[f"{name}_checked"], goal=INTEGRITY_GOAL)
         ratios[f"{_ratio_name(name)}_checked_vs_unchecked"] = ratio
     return rows, ratios

@@ -266,6 +266,12 @@ class Connection:
         budget = READ_BUDGET_BYTES
         while budget > 0 or self._wire.num_buffered_bytes:
             try:
+                done = self._take_frame()
+                if done is not None:
+                    self.last_heard_s = now_s
+                    budget -= HEADER.size + len(done[1])
+                    yield done
+                    continue
                 num_bytes = self._receive()
             except BlockingIOError:
                 return
@@ -279,9 +285,24 @@ class Connection:
                 self._in.since_s = now_s
             budget -= num_bytes
             if not self._in.targets:
-                done = self._advance(sink)
-                if done is not None:
-                    yield done
+                whole = self._advance(sink)
+                if whole is not None:
+                    yield whole
+
+    def _take_frame(self) -> tuple[FrameType, bytearray] | None:
+        """A control frame that has come whole, as most do: in one step. None: by the steps that all frames can take."""
+        if self.is_greeting or self._stage is not _Stage.HEADER or self._in.since_s is not None:
+            return None
+        ahead = self._wire.read_ahead()
+        if len(ahead) < HEADER.size:
+            return None
+        kind, length = parse_header(ahead[: HEADER.size])
+        end = HEADER.size + length
+        if kind is FrameType.DATA or end > len(ahead):
+            return None
+        body = bytearray(ahead[HEADER.size : end])
+        self._wire.skip(end)
+        return kind, body
 
     def _receive(self) -> int:
         targets = self._in.targets

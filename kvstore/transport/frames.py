@@ -208,7 +208,7 @@ def pushed_frame(header: DataHeader) -> bytes:
     return HEADER.pack(MAGIC, VERSION, FrameType.PUSHED, 0, len(sub)) + sub
 
 
-def parse_header(raw: bytes | bytearray) -> tuple[FrameType, int]:
+def parse_header(raw: bytes | bytearray | memoryview) -> tuple[FrameType, int]:
     """Type and body length.
 
     Raises:

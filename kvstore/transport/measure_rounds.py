@@ -1,6 +1,7 @@
 """How fast this machine moves KV between two processes, in interleaved rounds; what `celeriac bench kv` runs.
 
-    python -m kvstore.transport.measure_rounds <rounds> <MiB per transfer> [shm,tcp,rdma]      prints one JSON object
+    python -m kvstore.transport.measure_rounds <rounds> <MiB per transfer> [shm,tcp,rdma [words of cases]]
+Prints one JSON object.
 
 A round does each case once, in an order that turns from round to round; all cases of a round are compared with the
 memmove of the same round, so a drift of the machine falls on both sides.
@@ -64,26 +65,59 @@ def specs(num_bytes: int, protocols: Sequence[str] = PROTOCOLS) -> list[NodeSpec
     return found
 
 
-def measure_rounds(num_rounds: int, num_bytes: int, protocols: Sequence[str] = PROTOCOLS) -> Rounds:
-    """Raises TimeoutError: a reader did not answer; RdmaError: `rdma` cannot be used here."""
-    wanted = specs(num_bytes, protocols)
+class _Choice:
+    """The cases whose names contain one of the words; without words all. memcpy is always one."""
+
+    def __init__(self, words: Sequence[str], protocols: Sequence[str]) -> None:
+        self._words = words
+        self.notices = [protocol for protocol in protocols if self.has(f"{protocol}_64k_notice")]
+        self.pair_counts = {
+            protocol: [count for count in PAIR_COUNTS if self.has(f"{protocol}_pairs_{count}")]
+            for protocol in protocols
+        }
+
+    def has(self, name: str) -> bool:
+        return not self._words or any(word in name for word in self._words)
+
+    def needs(self, spec: NodeSpec) -> bool:
+        is_crowd = spec.name.endswith("_contiguous") and bool(self.pair_counts[spec.protocol])
+        is_noticed = spec.name.endswith("_16k_checked") and spec.protocol in self.notices
+        return is_crowd or is_noticed or self.has(spec.name)
+
+
+def measure_rounds(
+    num_rounds: int, num_bytes: int, protocols: Sequence[str] = PROTOCOLS, words: Sequence[str] = ()
+) -> Rounds:
+    """Args:
+        words: measure only the cases whose names contain one of them, such as `notice` or `16k`.
+
+    Raises:
+        ValueError: no case has such a name.
+        TimeoutError: a reader did not answer.
+        RdmaError: `rdma` cannot be used here.
+    """
+    choice = _Choice(words, protocols)
+    wanted = [spec for spec in specs(num_bytes, protocols) if choice.needs(spec)]
+    if not wanted:
+        raise ValueError(f"no case of {list(protocols)} has a name with one of {list(words)} in it")
+    max_pairs = max((max(counts, default=1) for counts in choice.pair_counts.values()), default=1)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="celeriac-kv-"))
-        memory, other = Memory(max(spec.num_bytes("w") for spec in wanted)), Memory(num_bytes)
+        memory, other = Memory(max([num_bytes, *(spec.num_bytes("w") for spec in wanted)])), Memory(num_bytes)
         readers = [
             stack.enter_context(ReaderProcess(wanted if k == 0 else _plain(wanted), folder=folder, name=f"r{k}"))
-            for k in range(max(PAIR_COUNTS))
+            for k in range(max_pairs)
         ]
         writers = {spec.name: Writer(memory, spec, readers[0], side="w0", folder=folder) for spec in wanted}
-        crowds = {protocol: [writers[f"{protocol}_contiguous"]] for protocol in protocols}
-        for k in range(1, max(PAIR_COUNTS)):
+        crowds = {spec.protocol: [writers[spec.name]] for spec in _plain(wanted)}
+        for k in range(1, max_pairs):
             for spec in _plain(wanted):
                 crowds[spec.protocol].append(Writer(memory, spec, readers[k], side=f"w{k}", folder=folder))
         everyone = {id(writer): writer for crowd in crowds.values() for writer in crowd}
         for writer in [*everyone.values(), *(w for w in writers.values() if id(w) not in everyone)]:
             stack.callback(writer.close)
-        cases = _cases(memory.whole, other.whole, writers, crowds)
-        rounds = [_round(cases, writers, protocols, turn=k) for k in range(WARM_ROUNDS + num_rounds)]
+        cases = _cases(memory.whole, other.whole, writers, crowds, choice)
+        rounds = [_round(cases, writers, choice.notices, turn=k) for k in range(WARM_ROUNDS + num_rounds)]
         return Rounds(num_bytes, num_bytes // SMALL_BYTES, rounds[WARM_ROUNDS:])
 
 
@@ -92,16 +126,14 @@ def _plain(wanted: list[NodeSpec]) -> list[NodeSpec]:
 
 
 def _cases(
-    own: KVRegion, other: KVRegion, writers: dict[str, Writer], crowds: dict[str, list[Writer]]
+    own: KVRegion, other: KVRegion, writers: dict[str, Writer], crowds: dict[str, list[Writer]], choice: _Choice
 ) -> dict[str, Case]:
-    cases: dict[str, Case] = {
-        "memcpy": lambda: _memcpy(own, other),
-        "hash": lambda: _hash(other),
-        "copy_and_hash": lambda: _copy_and_hash(own, other),
-    }
+    cases: dict[str, Case] = {"hash": lambda: _hash(other), "copy_and_hash": lambda: _copy_and_hash(own, other)}
     cases |= {name: writer.push_all for name, writer in writers.items()}
+    cases = {name: case for name, case in cases.items() if choice.has(name)}
+    cases["memcpy"] = lambda: _memcpy(own, other)
     for protocol, crowd in crowds.items():
-        for num_pairs in PAIR_COUNTS:
+        for num_pairs in choice.pair_counts[protocol]:
             cases[f"{protocol}_pairs_{num_pairs}"] = _crowd_case(crowd[:num_pairs])
     return cases
 
@@ -163,5 +195,6 @@ def _round(cases: dict[str, Case], writers: dict[str, Writer], protocols: Sequen
 
 if __name__ == "__main__":
     chosen = sys.argv[3].split(",") if len(sys.argv) > 3 else PROTOCOLS
-    print(msgspec.json.encode(measure_rounds(int(sys.argv[1]), int(sys.argv[2]) << 20, chosen)).decode(), flush=True)
+    measured = measure_rounds(int(sys.argv[1]), int(sys.argv[2]) << 20, chosen, sys.argv[4:])
+    print(msgspec.json.encode(measured).decode(), flush=True)
     os._exit(0)  # NIXL's libraries may crash in the interpreter's teardown

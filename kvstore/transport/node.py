@@ -3,6 +3,8 @@
     engine thread ── commands (deque + eventfd) ──▶ kv thread: Loop, WriterSide, ReceiverSide
                   ◀── events (deque + wake_fd) ────
 
+What is small (a few pages, a frame) the engine thread does by itself while the kv thread sleeps: `Loop.run_here`.
+
 No public method blocks, but `stop`. After the `kv` thread has failed, `poll_events` raises: the engine must not go on
 with grants that nobody keeps.
 """
@@ -16,6 +18,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvstore.address import KVAddress
 from kvstore.clock import Clock, now_s
@@ -102,6 +105,7 @@ class KVNode:
         self.page_ops = region.ops.name  # made here: to compile it would stop the kv thread for seconds
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._events: deque[Event] = deque()
+        self._has_news = False  # some of them the engine thread has not been woken for
         own_host_id = host_id()
         self._context = NodeContext(
             incarnation=incarnation,
@@ -226,14 +230,17 @@ class KVNode:
 
         Without effect when the transfer is over: its end waits in `poll_events`.
         """
-        self._post(lambda: self._writer.push(xfer, pairs, layer_lo, layer_hi))
+        num_bytes = len(pairs) * (layer_hi - layer_lo) * self._context.region.layer_bytes
+        is_quick = partial(self._writer.is_quick, xfer, num_bytes)
+        self._do(is_quick, lambda: self._writer.push(xfer, pairs, layer_lo, layer_hi))
 
     def commit(self, xfer: str, *, src_blocks: list[int], num_tokens: int, state: bytes) -> None:
         """After all pushes: `src_blocks` fill the grant from its first place on, and hold `num_tokens` tokens."""
         if len(state) > MAX_STATE_BYTES:
             raise ValueError(f"the state of {xfer} has {len(state)} bytes; at most {MAX_STATE_BYTES} fit a COMMIT")
         blocks = list(src_blocks)
-        self._post(lambda: self._writer.commit(xfer, blocks, num_tokens, state))
+        is_quick = partial(self._writer.is_quick, xfer, 0)
+        self._do(is_quick, lambda: self._writer.commit(xfer, blocks, num_tokens, state))
 
     def abandon(self, xfer: str) -> None:
         """Close a transfer. `SourceFree` follows when its source blocks are read no more, also if it is over."""
@@ -265,14 +272,14 @@ class KVNode:
         """
         if blocks is not None and len(blocks) != request.num_blocks:
             raise ValueError(f"{len(blocks)} blocks for {request.xfer}, which asks for {request.num_blocks}")
-        self._post(lambda: self._receiver.grant(request.xfer, blocks, reason))
+        self._do(_always, lambda: self._receiver.grant(request.xfer, blocks, reason))
 
     def settle(self, xfer: str, handed: bool) -> None:
         """After `handoff` of an `Arrived`: the blocks are a sequence's now, or they come back by `BlocksFree`.
 
         Before `Arrived`, `handed=False` cancels: the writer is fenced, then the blocks come back.
         """
-        self._post(lambda: self._receiver.settle(xfer, handed))
+        self._do(_always, lambda: self._receiver.settle(xfer, handed))
 
     # ---------------------------------------------------------------- both
     def poll_events(self) -> list[Event]:
@@ -334,24 +341,54 @@ class KVNode:
             raise faults[0]
 
     # ---------------------------------------------------------------- private
-    def _post(self, command: object) -> None:
+    def _post(self, command: Callable[[], None]) -> None:
         self._writer.engine_seen_s = self._context.clock()
-        assert callable(command)
         self._loop.post(command)
+
+    def _do(self, is_quick: Callable[[], bool], command: Callable[[], None]) -> None:
+        """In this thread, if that is quick and the `kv` thread sleeps; else there.
+
+        Raises:
+            TransportError: it failed here, as it would have in the `kv` thread; this engine must end.
+        """
+
+        def do() -> bool:
+            if not is_quick():
+                return False
+            command()
+            return True
+
+        self._writer.engine_seen_s = self._context.clock()
+        try:
+            is_done = self._loop.run_here(do, self._work)
+        except BaseException as error:
+            self._failure = error
+            self._loop.post(self._loop.stop)
+            raise TransportError("the kv node failed; restart this engine") from error
+        if is_done:
+            self._tell()
+        else:
+            self._loop.post(command)
 
     def _emit(self, event: Event) -> None:
         if self._takes is not None and self._takes(event):
             return
         self._events.append(event)
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.eventfd_write(self.wake_fd, 1)
+        self._has_news = True
+
+    def _tell(self) -> None:
+        if self._has_news:
+            self._has_news = False
+            with contextlib.suppress(BlockingIOError, OSError):
+                os.eventfd_write(self.wake_fd, 1)
 
     def _run(self) -> None:
         """The `kv` thread."""
         try:
-            self._loop.run(tick=self._tick, work=self._work)
+            self._loop.run(tick=self._tick, work=self._work, tell=self._tell)
             self._writer.stop()  # first: after this nothing of ours is written into a peer's pages
             self._receiver.stop()
+            self._tell()
         except BaseException as error:  # told to the engine thread, which ends the process
             self._failure = error
             os.eventfd_write(self.wake_fd, 1)
@@ -365,6 +402,10 @@ class KVNode:
     def _tick(self, now_s: float) -> bool:
         is_writing, is_receiving = self._writer.tick(now_s), self._receiver.tick(now_s)
         return is_writing or is_receiving
+
+
+def _always() -> bool:
+    return True
 
 
 def _rdma_node(incarnation: str, region: KVRegion, *, is_needed: bool) -> RdmaNode | None:

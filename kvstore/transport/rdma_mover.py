@@ -24,7 +24,10 @@ from kvstore.transport.transfers import Transfer, XferState
 
 WINDOW_BYTES: Final = 32 << 20  # posted per link: more would only delay the end of a transfer that is abandoned
 MAX_LOOK_S: Final = 1e-3
-CLOSED_STALL_S: Final = 0.5  # where a transfer is over: its engine, or the receiver, waits for the pages
+# Where a transfer is over: its engine, or the receiver, waits for the pages, promised 0.2 s after a deadline.
+# The end of the agent is the fence, however short the wait. What a short one costs is a link that was only slow: one on
+# which no write of 4 MiB (or of all that is posted, at most 32 MiB, if they land together) has landed for so long.
+CLOSED_STALL_S: Final = 0.15
 
 
 @dataclass(slots=True, eq=False)

@@ -66,6 +66,9 @@ class Tls:
         return TlsWire(wrapped, wants_write=True)
 
 
+_NOTHING = memoryview(b"")
+
+
 class TlsWire:
     """Not up until both handshakes of TLS are through; the first calls of `send` and `receive` carry them on."""
 
@@ -105,6 +108,12 @@ class TlsWire:
             raise _refusal(error) from error
         self._has_heard = self._has_heard or num_bytes > 0
         return num_bytes
+
+    def read_ahead(self) -> memoryview:
+        return _NOTHING
+
+    def skip(self, num_bytes: int) -> None:
+        assert not num_bytes, "nothing was read ahead"
 
     def come_up(self) -> None:
         if self._is_up:

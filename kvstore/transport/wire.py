@@ -23,6 +23,17 @@ class Wire(Protocol):
         """Bytes put into the views; 0: the peer has closed. Raises BlockingIOError, OSError."""
         ...
 
+    def read_ahead(self) -> memoryview:
+        """What was read and not asked for; of a plain socket, if that is nothing, as much as is there, up to 4 KiB.
+
+        Empty: this wire does not read ahead. Raises BlockingIOError, EOFError, OSError.
+        """
+        ...
+
+    def skip(self, num_bytes: int) -> None:
+        """The first bytes of `read_ahead` were used."""
+        ...
+
     def come_up(self) -> None:
         """What it takes before the first byte. Raises BlockingIOError, HandshakeRefused, OSError."""
         ...
@@ -62,16 +73,13 @@ class PlainWire:
         return len(self._unread)
 
     def receive(self, views: Sequence[memoryview]) -> int:
-        if self._is_dry and not self._unread:
-            self._is_dry = False
-            raise BlockingIOError
         if not self._unread:
+            self._check_dry()
             if len(views) > 1:
                 return self._sock.recvmsg_into(views)[0]
             if len(views[0]) >= AHEAD_BYTES:
                 return self._sock.recv_into(views[0])
-            num_bytes = self._sock.recv_into(self._ahead)
-            self._unread, self._is_dry = self._ahead[:num_bytes], 0 < num_bytes < AHEAD_BYTES
+            self._fill()
         num_taken = 0
         for view in views:
             count = min(len(view), len(self._unread))
@@ -79,3 +87,23 @@ class PlainWire:
             self._unread = self._unread[count:]
             num_taken += count
         return num_taken
+
+    def read_ahead(self) -> memoryview:
+        if not self._unread:
+            self._check_dry()
+            if not self._fill():
+                raise EOFError("closed by the peer")
+        return self._unread
+
+    def skip(self, num_bytes: int) -> None:
+        self._unread = self._unread[num_bytes:]
+
+    def _check_dry(self) -> None:
+        if self._is_dry:
+            self._is_dry = False
+            raise BlockingIOError
+
+    def _fill(self) -> int:
+        num_bytes = self._sock.recv_into(self._ahead)
+        self._unread, self._is_dry = self._ahead[:num_bytes], 0 < num_bytes < AHEAD_BYTES
+        return num_bytes

@@ -39,6 +39,7 @@ from kvstore.transport.writer_link import LinkPhase, WriterLink
 
 MAX_RENEW_XFERS = 1024
 MAX_FIRST_FRAMES = 64
+QUICK_BYTES = 256 << 10  # some 40 us of copying and hashing: what it costs to wake another thread, twice
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +70,7 @@ class WriterSide:
         if transfer.xfer in self._link_of:
             return
         now = self._context.clock()
+        self._loop.tick_by(transfer.deadline_s)
         link = self._links.get(target.incarnation)
         if link is None:
             until_s, _ = self._backoffs.get(target.incarnation, (0.0, 0.0))
@@ -97,6 +99,11 @@ class WriterSide:
             link.send(data)
         elif len(link.first_frames) < MAX_FIRST_FRAMES:
             link.first_frames.append(data)
+
+    def is_quick(self, xfer: str, num_bytes: int) -> bool:
+        """Whether `push` of so many bytes, or `commit`, is over at once: nothing is in front of it, or to be hashed."""
+        link = self._link_of.get(xfer)
+        return link is not None and num_bytes <= QUICK_BYTES and link.is_quick
 
     def push(self, xfer: str, pairs: Pairs, layer_lo: int, layer_hi: int) -> None:
         found = self._find(xfer, XferState.GRANTED)
@@ -189,6 +196,8 @@ class WriterSide:
             link.tick(now_s)
             for transfer in list(link.transfers.values()):
                 self._check_time(link, transfer, now_s)
+            for transfer in link.transfers.values():
+                self._loop.tick_by(transfer.deadline_s)
         if now_s >= self._next_renew_s and now_s - self.engine_seen_s < self._context.times.engine_s:
             self._next_renew_s = now_s + self._context.times.renew_s
             for link in list(self._links.values()):

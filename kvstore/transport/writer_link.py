@@ -282,6 +282,15 @@ class WriterLink:
         """Whether it is too early to tell the receiver that a transfer is closed, even behind all frames."""
         return self.mover is not None and self.mover.is_landing(xfer)
 
+    @property
+    def is_quick(self) -> bool:
+        """Nothing waits here, and the next job is a copy.
+
+        Over tcp it is a frame whose receiver may wake on this core, in the way of the commit that follows: slower than
+        both in one turn of the `kv` thread. Agents of rdma are for one thread.
+        """
+        return self.protocol == "shm" and self.converter is None and not self.jobs and not self.num_queued_bytes
+
     def drop_jobs(self, transfer: Transfer) -> None:
         """Nothing more of this transfer is started. A DATA frame that is half sent is finished, from a copy."""
         self.jobs = deque(job for job in self.jobs if job[0] is not transfer)

@@ -13,6 +13,8 @@ from kvstore.transport import Arrived, BlocksFree, GrantReceived, PushFailed, Re
 from tests.contract.transport_helpers import PROTOCOLS, Child, End
 from tests.contract.transport_peer import NUM_LAYERS
 
+NOTICED_S, SILENCE_S, LATE_S = 1.0, 2.0, 0.2  # so long after a close or a death; a silence; a deadline
+
 
 @pytest.fixture(params=PROTOCOLS)
 def protocol(request: pytest.FixtureRequest) -> str:
@@ -39,7 +41,7 @@ def test_kill_mid_push_frees_the_blocks_at_once(end: End, writer: Child) -> None
     writer.tell("push")
     time.sleep(0.05)  # somewhere in the middle of 4 GB
     writer.signal(signal.SIGKILL)
-    assert end.wait(BlocksFree, timeout_s=2.0).blocks == tuple(range(10, 18))
+    assert end.wait(BlocksFree, timeout_s=NOTICED_S).blocks == tuple(range(10, 18))
     assert sum(end.node.grants().values()) == 0
     end.node.check_invariants()
 
@@ -70,16 +72,42 @@ def test_kill_of_a_quarantined_writer_is_the_proof(end: End, writer: Child) -> N
     writer.signal(signal.SIGSTOP)
     assert not end.sees(BlocksFree, within_s=2.5)
     writer.signal(signal.SIGKILL)
-    end.wait(BlocksFree, timeout_s=2)
+    end.wait(BlocksFree, timeout_s=NOTICED_S)
 
 
-def test_a_killed_receiver_fails_the_push_in_bounded_time(end: End, protocol: str, tmp_path: Path) -> None:
+def test_a_writer_that_closes_gives_the_blocks_back_within_a_second(end: End, writer: Child) -> None:
+    writer.tell("")
+    assert end.wait(BlocksFree, timeout_s=NOTICED_S).blocks == tuple(range(10, 18))
+
+
+@pytest.mark.parametrize("way", ["killed", "closed"])
+def test_a_receiver_that_is_gone_fails_the_push_within_a_second(
+    end: End, protocol: str, tmp_path: Path, way: str
+) -> None:
     with Child("receiver", protocol, str(tmp_path)) as child:
         end.reserve(child.address, "w:1", 4)
         end.wait(GrantReceived)
         end.node.push("w:1", [(0, 0)], 0, NUM_LAYERS)
-        child.signal(signal.SIGKILL)
-        assert end.wait(PushFailed, timeout_s=2).reason.startswith("channel_lost")
+        if way == "killed":
+            child.signal(signal.SIGKILL)
+        else:
+            child.tell("")
+        assert end.wait(PushFailed, timeout_s=NOTICED_S).reason.startswith("channel_lost")
+
+
+def test_a_transfer_whose_receiver_has_stopped_fails_at_its_deadline(end: End, protocol: str, tmp_path: Path) -> None:
+    """Before the silence is long enough. Over rdma writes are under way, which nobody can call back."""
+    with Child("receiver", protocol, str(tmp_path)) as child:
+        end.reserve(child.address, "w:0", 4)  # the link stands
+        end.wait(GrantReceived)
+        asked_s = time.monotonic()
+        end.reserve(child.address, "w:1", 4, deadline_s=1.0)
+        end.wait(GrantReceived)
+        child.signal(signal.SIGSTOP)
+        for _ in range(40):
+            end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
+        assert end.wait(PushFailed, timeout_s=5).reason == "deadline"
+        assert 1.0 <= time.monotonic() - asked_s < 1.0 + LATE_S
 
 
 def test_a_stopped_receiver_fails_the_push_after_two_seconds(end: End, protocol: str, tmp_path: Path) -> None:
@@ -93,7 +121,7 @@ def test_a_stopped_receiver_fails_the_push_after_two_seconds(end: End, protocol:
             end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
         reasons = ("silent", "channel_lost: rdma stalled")  # a write that nobody acknowledges says the same
         assert end.wait(PushFailed, timeout_s=5).reason in reasons
-        assert time.monotonic() - start_s > 1.0
+        assert 1.0 < time.monotonic() - start_s < SILENCE_S
         child.signal(signal.SIGCONT)
         assert child.read_event() == "ReserveRequested"
         assert child.read_event() == "BlocksFree"

@@ -20,3 +20,15 @@ def test_a_round_measures_every_case_once(protocols: tuple[str, ...]) -> None:
     assert {protocol: len(notices) for protocol, notices in one.notice_s.items()} == dict.fromkeys(
         protocols, NOTICES_PER_ROUND
     )
+
+
+def test_only_the_cases_that_are_asked_for_are_measured_beside_memcpy() -> None:
+    (one,) = measure_rounds(1, 2 << 20, PROTOCOLS, ("notice", "shm_16k")).rounds
+
+    assert set(one.seconds) == {"memcpy", "shm_16k", "shm_16k_checked"}
+    assert set(one.notice_s) == {"shm", "tcp"}
+
+
+def test_a_word_that_is_in_no_case_is_refused() -> None:
+    with pytest.raises(ValueError, match="no case"):
+        measure_rounds(1, 2 << 20, PROTOCOLS, ("shn",))
