@@ -17,6 +17,7 @@ import torch
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.cluster import TINY_CHAT, read_streams, running_cluster
 from tests.contract.transport_helpers import needs_nixl
+from tests.devices import needs_gpu
 
 PROMPTS = [json.loads(line) for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()]
 LAYOUTS = {
@@ -24,12 +25,13 @@ LAYOUTS = {
     "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
     "rdma": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "rdma"}),
     "both": (("--both", "1"), {}),
+    "cuda": (("--prefill", "1", "--decode", "1", "--set", "prefill.device=cuda", "--set", "decode.device=cuda"), {}),
     "speculation": (
         ("--prefill", "1", "--decode", "1"),
         {"CELERIAC_ENGINE__SPECULATION": "ngram", "CELERIAC_ENGINE__SPECULATION_MAX_SEQS": "64"},
     ),
 }
-NEEDED = {"rdma": needs_nixl}
+NEEDED = {"rdma": needs_nixl, "cuda": needs_gpu}
 pytestmark = pytest.mark.gate
 
 

@@ -1,6 +1,5 @@
-"""The exactness gate on a GPU, where there is one: model, attention, KV and sampling on the device, in one process.
-
-Workers do not compute on GPUs: their KV region is host memory, which the transports read (engines/factory.py).
+"""The exactness gate on a GPU, where there is one: model, attention, KV and sampling on the device, in one process,
+decode steps one by one and as graphs. Whole workers on a GPU: layout `cuda` of test_gate.py.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from typing import Final
 import pytest
 import torch
 
+from engines.factory import keep_products_exact
+from engines.graphs.make import choose_graphs
 from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
+from tests.devices import needs_gpu
 from tests.pairwise import pairwise_cases
 from tests.unit.engines.gate_engine import NUM_OUTPUT, gate_model, run_case
 from tests.unit.engines.test_gate_axes import gate_prompts
 
-pytestmark = [
-    pytest.mark.gate,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False here"),
-]
+pytestmark = [pytest.mark.gate, needs_gpu]
 AXES: Final = {
     "model": FAMILIES,
     "chunk": ("7", "33", "2048"),
@@ -27,6 +26,7 @@ AXES: Final = {
     "cache": ("off", "cold", "warm"),
     "role": ("both", "handed"),
     "threads": ("1",),
+    "graphs": ("auto", "off"),
 }
 CASES: Final = pairwise_cases(AXES)
 MAX_LOGIT_ERROR: Final = 2e-3
@@ -39,7 +39,7 @@ def _id(case: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.backends.cuda.matmul.allow_tf32 = False
+    keep_products_exact("cuda")
     return {family: make_checkpoint(tmp_path_factory.mktemp("gpu"), family, seed=3) for family in FAMILIES}
 
 
@@ -49,7 +49,7 @@ def test_fp32_tokens_and_logits_equal_those_of_transformers(case: dict[str, str]
     model = gate_model(folder, "torch", "torch", torch.float32, device="cuda")
     reference = reference_model(folder).cuda()
 
-    outputs = run_case(model, gate_prompts(), case, device="cuda")
+    outputs = run_case(model, gate_prompts(), case, device="cuda", graphs=choose_graphs(case["graphs"], "cuda"))
 
     for prompt, output in zip(gate_prompts(), outputs, strict=True):
         expected = _logits_of(reference, prompt, output.token_ids)
@@ -63,7 +63,7 @@ def test_bfloat16_logits_are_near_those_of_transformers(case: dict[str, str], fo
     model = gate_model(folder, "torch", "torch", torch.bfloat16, device="cuda")
     reference = reference_model(folder, torch.bfloat16).cuda()
 
-    outputs = run_case(model, gate_prompts(), case, device="cuda")
+    outputs = run_case(model, gate_prompts(), case, device="cuda", graphs=choose_graphs(case["graphs"], "cuda"))
 
     for prompt, output in zip(gate_prompts(), outputs, strict=True):
         expected = _logits_of(reference, prompt, output.token_ids)

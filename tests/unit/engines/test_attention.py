@@ -12,15 +12,36 @@ from engines.attention.backend import AttentionBackend, AttentionMetadata, Atten
 from engines.attention.native_backend import SPLIT_TOKENS, NativeAttention
 from engines.attention.torch_backend import TorchAttention, _bucket
 from engines.ext.library import load_kernels
+from tests.devices import needs_gpu
 
 HEAD_DIM, NUM_LAYERS, NUM_BLOCKS = 32, 2, 96
-BACKENDS = ["torch", "native"]
+BACKENDS = ["torch", "native", pytest.param("cuda", marks=needs_gpu)]
 
 
 def make_attention(backend: str, step: RandomStep) -> AttentionBackend:
     if backend == "torch":
         return TorchAttention(step.kv)
+    if backend == "cuda":
+        return _OnGpu(step.kv)
     return NativeAttention(step.kv, step.num_heads, load_kernels(step.kv.dtype))
+
+
+class _OnGpu:
+    """Torch's attention on a GPU over a copy of `kv`, which is brought back after each layer's writes."""
+
+    def __init__(self, kv: Tensor) -> None:
+        self._kv, self._there = kv, kv.cuda()
+        self._inner = TorchAttention(self._there)
+
+    def begin_step(self, metadata: AttentionMetadata) -> None:
+        self._inner.begin_step(AttentionMetadata(metadata.rows, metadata.slot_mapping.cuda()))
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._inner.write_kv(layer, k.cuda(), v.cuda())
+        self._kv.copy_(self._there)
+
+    def forward(self, layer: int, q: Tensor) -> Tensor:
+        return self._inner.forward(layer, q.cuda()).cpu()
 
 
 class RandomStep:

@@ -14,8 +14,10 @@ import torch
 
 from engines.attention.backend import AttentionBackend, AttentionMetadata, AttentionRow
 from engines.attention.generic_attention import GenericAttention
+from engines.attention.padded_decode import PaddedDecodeAttention
 from engines.attention.torch_backend import TorchAttention
 from engines.attention.windowed import WindowedAttention
+from engines.graphs.decode_inputs import DecodeInputs
 from engines.models.config import ModelConfig
 from engines.models.llama import LlamaModel
 from engines.models.loader import load_weights
@@ -24,6 +26,7 @@ from engines.sampling.adjust import adjust_logits
 from engines.sampling.choose import Filters, choose
 from engines.sampling.constrain import _mask_on_device
 from engines.sampling.row import SamplingRow
+from engines.staging import Staging
 from tests.checkpoints import FAMILIES, make_checkpoint
 
 DEVICE = "meta"
@@ -110,3 +113,29 @@ def test_the_choice_is_made_on_the_device() -> None:
 def test_two_devices_in_one_operation_are_seen() -> None:
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(3, device=DEVICE) + torch.empty(3)
+
+
+def test_a_padded_decode_step_stays_on_the_device() -> None:
+    kv = torch.empty(NUM_BLOCKS, 2, 2, 2, BLOCK_SIZE, 16, device=DEVICE)
+    inputs = DecodeInputs(
+        num_rows=4, num_pages=4, block_size=BLOCK_SIZE, scratch_block=NUM_BLOCKS - 1, device=torch.device(DEVICE)
+    )
+    inputs.load_padding(Staging(DEVICE))
+    attention = PaddedDecodeAttention(kv, inputs)
+    attention.begin()
+    for layer in range(2):
+        states = torch.empty(4, 2, 16, device=DEVICE)
+        attention.write_kv(layer, states, states)
+        out = attention.forward(layer, torch.empty(4, 6, 16, device=DEVICE))
+        assert (out.device.type, tuple(out.shape)) == (DEVICE, (4, 6, 16))
+
+
+def test_numbers_of_a_step_leave_in_one_piece_and_arrive_apart() -> None:
+    ids, slots = np.arange(3), np.arange(5, 7)
+    there = Staging(DEVICE).send(ids, slots)
+    assert [(each.device.type, len(each)) for each in there] == [(DEVICE, 3), (DEVICE, 2)]
+    target = torch.empty(5, dtype=torch.int64)
+    staging = Staging("cpu")
+    staging.fill(target, slots, ids)
+    staging.fill(target[:2], slots + 1)  # the room is larger than that
+    assert target.tolist() == [6, 7, 0, 1, 2]
