@@ -298,6 +298,8 @@ class EngineCore:
         return True
 
     def _forward(self, plan: StepPlan) -> list[SampledTokens]:
+        if not self._writer.num_outgoing:
+            return self._runner.run(plan).sampled
         batches = self._writer.blocks_of_step(plan)
         for item in plan.scheduled:
             offset = (item.start + item.num_new_tokens) % self._block_size

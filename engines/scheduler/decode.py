@@ -119,9 +119,10 @@ class DecodeScheduler:
     def complete(self, plan: StepPlan, sampled: dict[tuple[str, int], list[int]]) -> None:
         """The step ran: advance its sequences. The ids of one with several choices are the caller's to fork."""
         for item in plan.scheduled:
-            sequence, is_done, is_prompt = item.sequence, item.samples, item.num_known_tokens > 1
-            sequence.num_computed_tokens = item.start + item.num_known_tokens
-            if is_done and is_prompt:
+            sequence, num_known = item.sequence, item.num_known_tokens
+            sequence.num_computed_tokens = item.start + num_known
+            is_done = sequence.num_computed_tokens == sequence.num_tokens
+            if is_done and num_known > 1:
                 self._blocks.remember(sequence)
             if is_done and sequence.num_samples == 1:
                 ids = sampled.get(sequence.seq_id, [])
@@ -141,17 +142,17 @@ class DecodeScheduler:
 
     # ---------------------------------------------------------------- running
     def _plan_running(self, step: _Step) -> None:
-        is_decode = [sequence.num_uncomputed_tokens == 1 for sequence in self._running]
-        decoding = [sequence for sequence, yes in zip(self._running, is_decode, strict=True) if yes]
-        chunked = [sequence for sequence, yes in zip(self._running, is_decode, strict=True) if not yes]
+        waiting = [(sequence, sequence.num_uncomputed_tokens) for sequence in self._running]
+        decoding = [each for each in waiting if each[1] == 1]
+        chunked = [each for each in waiting if each[1] != 1]
         stuck: list[Sequence] = []
-        for sequence in decoding + chunked:
+        for sequence, num_uncomputed in decoding + chunked:
             if step.is_full:
                 break
-            if sequence in step.dropped:
+            if step.dropped and sequence in step.dropped:
                 continue
-            if self._grow_or_preempt(sequence, step):
-                step.add(sequence)
+            if self._blocks.has_room(sequence) or self._grow_or_preempt(sequence, step):
+                step.add(sequence, num_uncomputed)
             elif sequence not in step.dropped:
                 stuck.append(sequence)
         if stuck and not step.items and not step.dropped and not self._ladder.moving:
@@ -224,7 +225,7 @@ class DecodeScheduler:
             self._running += sequences
             for sequence in sequences:
                 if not step.is_full and self._blocks.grow(sequence):
-                    step.add(sequence)
+                    step.add(sequence, sequence.num_uncomputed_tokens)
 
     def _admit(self, now_s: float, step: _Step) -> None:
         max_num_seqs = self._max_num_seqs if self._limits is None else self._limits.max_num_seqs
@@ -238,8 +239,9 @@ class DecodeScheduler:
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
-            self._order.served(sequence, sequence.num_uncomputed_tokens)
-            step.add(sequence)
+            num_uncomputed = sequence.num_uncomputed_tokens
+            self._order.served(sequence, num_uncomputed)
+            step.add(sequence, num_uncomputed)
 
     def _num_tokens_allowed(self) -> int:
         if self._limits is None:
@@ -264,8 +266,8 @@ class _Step:
     def is_full(self) -> bool:
         return self.num_tokens_left <= 0 or len(self.items) >= self._max_num_seqs
 
-    def add(self, sequence: Sequence) -> None:
-        num_new_tokens = min(self.num_tokens_left, sequence.num_uncomputed_tokens)
+    def add(self, sequence: Sequence, num_uncomputed: int) -> None:
+        num_new_tokens = min(self.num_tokens_left, num_uncomputed)
         self.items[sequence.seq_id] = ScheduledSequence(sequence, sequence.num_computed_tokens, num_new_tokens)
         self.num_tokens_left -= num_new_tokens
 

@@ -59,9 +59,9 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_new_tokens for item in self.scheduled)
+        return sum([item.num_new_tokens for item in self.scheduled])
 
     @property
     def max_outputs(self) -> int:
         """Tokens that one sequence may get by this step, at most."""
-        return 1 + max((len(item.draft) for item in self.scheduled), default=0)
+        return 1 + max([len(item.draft) for item in self.scheduled], default=0)

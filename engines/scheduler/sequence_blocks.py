@@ -47,6 +47,10 @@ class SequenceBlocks:
         ids = sequence.token_slice(0, sequence.num_tokens)
         return self._prefix_cache.restore(ids, sequence.block_table, first, salt=sequence.tenant)
 
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether its blocks hold the tokens it has by now."""
+        return len(sequence.block_table) * self._block_size >= sequence.num_tokens
+
     def grow(self, sequence: Sequence) -> bool:
         """Blocks for the tokens it has by now. False if there are none; the table is then unchanged."""
         num_new = self._blocks_of(sequence.num_tokens) - len(sequence.block_table)
