@@ -83,6 +83,10 @@ def find_kernels(asked: str, *, dtype: torch.dtype, device: str) -> Kernels | No
     """
     if asked == "torch" or (asked == "auto" and device != "cpu"):
         return None
+    if device != "cpu":
+        raise KernelsUnavailable(
+            why=f"they compute on CPUs, and the device is {device}", hint="Set `engine.kernels: auto`."
+        )
     try:
         return load_kernels(dtype)
     except KernelsUnavailable as error:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engines.errors import DeviceUnavailable
+from engines.errors import DeviceUnavailable, KernelsUnavailable
+from engines.ext.library import find_kernels
 from engines.factory import choose_device, choose_dtype, keep_products_exact
 from engines.machine_rates import main as machine_rates
 
@@ -77,3 +78,9 @@ def test_the_benchmark_of_a_gpu_that_is_not_there_is_refused_by_name(monkeypatch
     result = CliRunner().invoke(machine_rates, ["--device", "cuda"])
     assert result.exit_code == 1
     assert "torch sees no GPU" in result.output
+
+
+def test_kernels_for_cpus_are_never_given_the_memory_of_a_gpu() -> None:
+    assert find_kernels("auto", dtype=torch.bfloat16, device="cuda") is None
+    with pytest.raises(KernelsUnavailable, match="the device is cuda"):
+        find_kernels("native", dtype=torch.bfloat16, device="cuda")
