@@ -24,6 +24,10 @@ LAYOUTS = {
     "shm": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "shm"}),
     "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
     "rdma": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "rdma"}),
+    "bounced": (
+        ("--prefill", "1", "--decode", "1"),
+        {"CELERIAC_TRANSFER__PROTOCOL": "shm", "CELERIAC_KV__BOUNCE_BYTES": "48MiB"},
+    ),
     "both": (("--both", "1"), {}),
     "cuda": (("--prefill", "1", "--decode", "1", "--set", "prefill.device=cuda", "--set", "decode.device=cuda"), {}),
     "speculation": (
