@@ -1,7 +1,7 @@
 """The other process of the transport tests: a writer or a receiver that is told over stdin what to do.
 
     python -m tests.contract.transport_peer <writer|receiver> <protocol> <run dir> [target address as JSON]
-As `bounced-writer` or `bounced-receiver` its KV lies apart from what peers can map.
+As `bounced-writer` or `bounced-receiver` its KV lies apart from what peers can map, as `cuda-writer` on a GPU.
 Prints its address (receiver), then one line per event: the name of its class.
 """
 
@@ -52,19 +52,21 @@ def main() -> None:
 
 
 def make_node(role: str, protocol: str, run_dir: str) -> KVPort:
-    """All bytes of its KV are 7."""
-    num_blocks = 2 * NUM_BLOCKS if role.startswith("bounced") else NUM_BLOCKS
+    """All bytes of its KV are 7; where it is bounced they are a pattern."""
+    kind = role.partition("-")[0]
+    is_bounced = kind in ("bounced", "cuda")
+    num_blocks = 2 * NUM_BLOCKS if is_bounced else NUM_BLOCKS
     region = KVRegion.create(num_blocks, NUM_LAYERS, LAYER_BYTES)
     node = KVNode(
         incarnation=f"{role}-child", region=region, secret=SECRET, compat=COMPAT, protocols=(protocol,), run_dir=run_dir
     )
-    if not role.startswith("bounced"):
+    if not is_bounced:
         region.buffer[:] = bytes([7]) * region.num_bytes
         return node
     from tests.contract.bounced_end import DeviceBytes, bounced  # torch: only where it is needed
 
-    device = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
-    device.buffer[:] = bytes([7]) * device.num_bytes
+    device = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES, "cpu" if kind == "bounced" else kind)
+    device.fill_with_pattern()
     return bounced(node, region, device)
 
 
