@@ -39,3 +39,17 @@ def divide_gpus(gpus: Sequence[str], wants_gpu: Sequence[bool]) -> tuple[list[tu
         taken += 1
     notice = f"{num_workers} workers share {len(gpus)} GPUs: each takes `kv.memory_bytes` of its GPU's memory."
     return arguments, notice if is_shared else ""
+
+
+def why_no_cuda(torch_version: str, *, has_gpu: bool) -> str:
+    """What `device: cuda` lacks here; empty if nothing does.
+
+    Args:
+        torch_version: as its package says. Importing it to ask would take seconds.
+
+    >>> why_no_cuda("2.13.0+cpu", has_gpu=True)
+    'torch 2.13.0+cpu was built for CPUs only; set up again with `TORCH=cuda make setup`'
+    """
+    if torch_version.endswith("+cpu"):
+        return f"torch {torch_version} was built for CPUs only; set up again with `TORCH=cuda make setup`"
+    return "" if has_gpu else "no driver shows an NVIDIA GPU; check `nvidia-smi`"

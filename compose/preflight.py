@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from compose.errors import EnvironmentProblem
+from compose.gpus import why_no_cuda
 from compose.layout import worker_roles
 from compose.ports import port_problem
 from configs.dump import without_password
@@ -164,8 +166,16 @@ def kv_bytes_per_block(config: Mapping[str, Any], settings: Settings) -> int:
 
 
 def check_hardware(settings: Settings, found: Findings) -> None:
-    """What the settings were written for and this machine lacks. Notices: the settings may work all the same."""
+    """What the settings were written for and this machine lacks. A notice where they may work all the same."""
     gpus = visible_gpus()
+    has_gpu = bool(gpus) or Path("/dev/dxg").exists()  # WSL shows its GPU there only
+    missing = why_no_cuda(version("torch"), has_gpu=has_gpu)
+    for role, workers in (
+        ("prefill", settings.prefill.num_workers),
+        ("decode", settings.decode.num_workers + settings.both.num_workers),
+    ):
+        if missing and workers and getattr(settings, role).device == "cuda":
+            found.problems.append(f"{role}.device is cuda: {missing}, or set `{role}.device` to auto or cpu.")
     for role in ("prefill", "decode"):
         wanted = getattr(settings, role).hardware
         if wanted and not any(name in gpu for gpu in gpus for name in wanted.split(" or ")):

@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 
 import configs
+from compose import preflight
 from compose.errors import EnvironmentProblem
 from compose.local import redis_urls
 from compose.ports import free_port, port_problem
-from compose.preflight import Findings, check_model, check_ports, check_transfer, check_workers, server_problems
+from compose.preflight import (
+    Findings,
+    check_hardware,
+    check_model,
+    check_ports,
+    check_transfer,
+    check_workers,
+    server_problems,
+)
 from kvstore.state.server_facts import ServerFacts
 from kvstore.transport import rdma
 
@@ -115,3 +124,30 @@ def test_messages_and_state_get_a_database_each() -> None:
         "state.state_url": "redis://:pw@db:6379/4",
     }
     assert redis_urls("redis://db")["state.state_url"] == "redis://db/1"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "gpus", "says"),
+    [
+        ("2.13.0+cpu", ["NVIDIA H100"], "decode.device is cuda: torch 2.13.0+cpu was built for CPUs only"),
+        ("2.13.0+cu130", [], "decode.device is cuda: no driver shows an NVIDIA GPU"),
+        ("2.13.0+cu130", ["NVIDIA H100"], ""),
+    ],
+)
+def test_device_cuda_is_refused_before_the_start_where_it_cannot_be(
+    torch_version: str, gpus: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "version", lambda _: torch_version)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: gpus)
+    found = Findings()
+    check_hardware(settings(CELERIAC_DECODE__DEVICE="cuda", CELERIAC_PREFILL__NUM_WORKERS="1"), found)
+    assert len(found.problems) == bool(says)
+    assert says in "".join(found.problems)
+
+
+def test_device_cuda_of_a_role_without_workers_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "visible_gpus", list)
+    found = Findings()
+    none = {"CELERIAC_PREFILL__NUM_WORKERS": "0", "CELERIAC_PREFILL__DEVICE": "cuda"}
+    check_hardware(settings(**none), found)
+    assert found.problems == []
