@@ -197,6 +197,49 @@ def test_graphs_that_do_not_work_turn_themselves_off_and_the_step_is_right(
     assert len(caplog.records) == 1
 
 
+class _LeavesNoKV:
+    """Right hidden states; but what it writes is gone."""
+
+    kv: Tensor
+
+    def capture(self, work: Callable[[], Tensor]) -> _LeavesNoKV:
+        self._work = work
+        return self
+
+    def replay(self) -> Tensor:
+        before = self.kv.clone()
+        hidden = self._work().clone()
+        self.kv.copy_(before)
+        return hidden
+
+
+def test_a_graph_whose_kv_is_not_where_it_belongs_is_found(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, graphs = load(folders["llama"]), _LeavesNoKV()
+    rig, eager = Rig(model, graphs), Rig(model, None)
+    graphs.kv = rig.kv
+    rig.kv[:SCRATCH], eager.kv[:SCRATCH] = 0.25, 0.25  # what a former sequence left: no NaN shows it
+
+    with torch.inference_mode():
+        for batch, rows in random_steps(3, 5):
+            assert torch.equal(rig.step(batch, rows), eager.step(batch, rows))
+
+    assert torch.equal(rig.bits, eager.bits)
+    assert "is off by" in caplog.text
+
+
+def test_damaged_kv_says_nothing_about_a_graph(folders: dict[str, Path]) -> None:
+    rig = Rig(load(folders["llama"]), RecordedGraphs())
+    rows = (AttentionRow(3, 1, [2]),)  # three tokens that nobody has written
+    with torch.inference_mode():
+        assert rig.step(batch_of(rows, [5]), rows).isnan().all()
+        assert rig.graphs.is_on
+        fresh = (AttentionRow(0, 1, [7]),)
+        assert rig.step(batch_of(fresh, [5]), fresh).isfinite().all()
+    assert rig.graphs.is_on
+
+
 def test_no_more_graphs_are_recorded_than_allowed(folders: dict[str, Path]) -> None:
     model = load(folders["llama"])
     rig, graphs = Rig(model, RecordedGraphs()), RecordedGraphs()
