@@ -153,13 +153,13 @@ class ReceiverSide:
             self._on_reserve(link, reserve)
         elif kind is FrameType.COMMIT:
             commit = parse_body(kind, body, Commit)
-            actions = self.table.on_commit(commit.xfer, commit.grant_id, link.serial)
-            if any(isinstance(action, Verify) for action in actions):
-                grant = self.table.find(commit.xfer)
-                assert grant is not None
-                landing = self._landing(link, grant)
-                landing.commit, landing.is_tcp = commit, link.protocol == "tcp"
-            self._perform(actions)
+            for action in self.table.on_commit(commit.xfer, commit.grant_id, link.serial):
+                if isinstance(action, Verify):
+                    grant = self.table.find(commit.xfer)
+                    assert grant is not None
+                    landing = self._landing(link, grant)
+                    landing.commit, landing.is_tcp = commit, link.protocol == "tcp"
+                self._perform_one(action)  # no block changes its state: a verdict comes before that
         elif kind is FrameType.PUSHED:
             self._on_pushed(link, parse_data_header(body))
         elif kind in (FrameType.ABORT, FrameType.FENCED):
@@ -294,6 +294,9 @@ class ReceiverSide:
                 self._ask(xfer)
             case SendGrant(peer, xfer, grant_id, serial, blocks):
                 self._send(peer, frame(FrameType.GRANT, GrantBody(xfer, grant_id, serial, list(blocks))))
+                grant, granted = self.table.find(xfer), self._links.get(peer)
+                if grant is not None and granted is not None:
+                    self._landing(granted, grant)  # here, where nobody waits for it
             case SendRefused(peer, xfer, reason):
                 self._send(peer, frame(FrameType.REFUSED, RefusedBody(xfer, reason)))
             case SendHanded(peer, xfer):
