@@ -46,8 +46,8 @@ class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             description="Host memory per worker through which the KV of GPUs moves. 0: room for four of the longest "
-            "sequences, at most 2GiB; on CPUs none, since KV lies where peers write it. More than 0 on a CPU takes the "
-            "way of a GPU, which is slower: for tests.",
+            "sequences, but at most 2GiB or two; on CPUs none, since KV lies where peers write it. More than 0 on a "
+            "CPU takes the way of a GPU, which is slower: for tests.",
         ),
     ] = 0
     enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True

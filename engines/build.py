@@ -86,7 +86,7 @@ def build_engine(
     """Load the weights and allocate the region; then listen for peers.
 
     `post` tells the front something from any thread, or leaves it to the engine's next turn (`FrontLink`). With it KV
-    that has arrived is told while a step runs; what must still be copied to the device waits for the step's end.
+    that has arrived is told while a step runs.
 
     Raises:
         EngineError: the model or the device cannot be used; the message says why.
@@ -239,7 +239,7 @@ def build_engine(
         ),
         on_step=_on_step(step_log, profile),
     )
-    if post is not None and isinstance(node, KVNode):
+    if post is not None:
         node.divert(core.arrivals_told_by(post))
     address = node.start()
     return Engine(

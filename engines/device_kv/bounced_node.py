@@ -19,7 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from engines.device_kv.copies import Copies
 from engines.device_kv.landings import Landings
@@ -49,12 +49,6 @@ NO_SLOTS: Final = "no_slots"  # every slot is taken just now
 TOO_LARGE: Final = "too_large"  # no transfer of so many blocks ever gets its slots
 
 
-class DivertingPort(KVPort, Protocol):
-    """The node beneath: it lets us see an event before `poll_events` does."""
-
-    def divert(self, takes: Callable[[Event], bool]) -> None: ...
-
-
 class BouncedNode:
     """A `KVPort`. All methods are for the engine thread.
 
@@ -67,7 +61,7 @@ class BouncedNode:
 
     def __init__(
         self,
-        node: DivertingPort,
+        node: KVPort,
         slots: SlotPool,
         copies: Copies,
         *,
@@ -79,13 +73,18 @@ class BouncedNode:
         self._saving = make_lane("kv-copy-out", self._failed)
         self._loading = make_lane("kv-copy-in", self._failed)
         self._pushes = Pushes(node, slots, copies, self._saving)
-        self._landings = Landings(slots, copies, self._loading, block_size=block_size, tell=self._tell)
+        self._landings = Landings(slots, copies, self._loading, block_size=block_size, tell=self._landed)
         self._ready: deque[Event] = deque()  # of the lanes, for the engine
         self._failure: Exception | None = None
+        self._takes: Callable[[Event], bool] | None = None
         self._num_refused = 0
-        node.divert(self._takes)
+        node.divert(self._lands)
 
     # ---------------------------------------------------------------- life
+    def divert(self, takes: Callable[[Event], bool]) -> None:
+        """As `KVNode.divert`, of arrivals only: in the incoming lane, once they are copied."""
+        self._takes = takes
+
     @property
     def num_layers(self) -> int:
         return self._node.num_layers
@@ -215,7 +214,7 @@ class BouncedNode:
         assert held == (len(outgoing), len(incoming)), f"slots held {held}, used {len(outgoing)}, {len(incoming)}"
 
     # ---------------------------------------------------------------- events
-    def _takes(self, event: Event) -> bool:
+    def _lands(self, event: Event) -> bool:
         """In whatever thread the node works: an arrival is copied at once, not when the engine has time."""
         if isinstance(event, Arrived):
             self._landings.land(event)
@@ -261,6 +260,13 @@ class BouncedNode:
         return event
 
     # ---------------------------------------------------------------- private
+    def _landed(self, event: Arrived | BlocksFree) -> None:
+        """From the incoming lane."""
+        if isinstance(event, Arrived) and self._takes is not None and self._takes(event):
+            self._landings.told(event.xfer)
+        else:
+            self._tell(event)
+
     def _tell(self, event: Event) -> None:
         """For the engine, at its next `poll_events`. Any thread."""
         self._ready.append(event)

@@ -32,10 +32,10 @@ class _Landing:
 
 
 class Landings:
-    """Owned by the engine thread, but for `land`; copies run in the lane.
+    """Owned by the engine thread, but for `land` and `told`; copies run in the lane.
 
     Args:
-        tell: takes an event for the engine, from any thread.
+        tell: takes an event for the engine, in the lane.
     """
 
     def __init__(
@@ -81,8 +81,10 @@ class Landings:
         self._lane.submit(partial(self._copy, event, landing))
 
     def told(self, xfer: str) -> None:
-        """The engine hears of the arrival."""
-        self._landings[xfer].is_told = True
+        """The engine has heard of the arrival; it may have settled it, too. For any thread."""
+        landing = self._landings.get(xfer)
+        if landing is not None:
+            landing.is_told = True
 
     def behind_copy(self, event: BlocksFree) -> bool:
         """True if the arrival must be told first; then `event` is told behind it."""

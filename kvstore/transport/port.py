@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvstore.address import KVAddress
@@ -19,6 +19,7 @@ class KVPort(Protocol):
     @property
     def wake_fd(self) -> int: ...
 
+    def divert(self, takes: Callable[[Event], bool]) -> None: ...
     def start(self) -> KVAddress: ...
     def stop(self) -> None: ...
 

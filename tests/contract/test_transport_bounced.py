@@ -225,6 +225,29 @@ def test_the_engine_hears_of_an_arrival_when_it_is_in_its_kv(two: tuple[BouncedE
     assert reader.region.block(1) == writer.region.block(0)
 
 
+def test_a_diverted_arrival_is_in_the_kv_and_stays_out_of_the_events(two: tuple[BouncedEnd, BouncedEnd]) -> None:
+    writer, reader = two
+    taken: list[tuple[tuple[int, ...], bytes]] = []
+
+    def takes(event: Event) -> bool:
+        assert isinstance(event, Arrived)
+        taken.append((event.blocks, bytes(reader.region.block(event.blocks[0]))))
+        return event.xfer == "w:1"
+
+    reader.bounced.divert(takes)
+    for name, block in (("w:1", 1), ("w:2", 2)):
+        granted(writer, reader, name, [block])
+        writer.node.push(name, [(block, 0)], 0, NUM_LAYERS)
+        writer.node.commit(name, src_blocks=[block], num_tokens=32, state=b"")
+    hears(reader, Arrived, "w:2")
+    reader.node.settle("w:1", True)
+    reader.node.settle("w:2", False)
+    hears(reader, BlocksFree, "w:2")
+    assert taken == [((block,), bytes(writer.region.block(block))) for block in (1, 2)]
+    assert [event.xfer for event in reader.events if isinstance(event, Arrived)] == ["w:2"]
+    assert num_slots_used(reader) == 0
+
+
 def test_blocks_of_a_cancelled_arrival_come_back_behind_its_copy(two: tuple[BouncedEnd, BouncedEnd]) -> None:
     writer, reader = two
     granted(writer, reader, "w:1", [1])

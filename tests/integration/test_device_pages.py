@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +43,13 @@ def test_pages_of_another_process_get_from_its_device_to_ours(device: str, proto
         end.node.check_invariants()
     finally:
         end.close()
+
+
+def test_the_cost_of_the_bounce_can_be_measured() -> None:
+    command = [sys.executable, "-m", "engines.device_kv.measure", "--blocks", "2", "--block-kib", "64", "--rounds", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"with bounce ([0-9.]+) times as long", done.stdout)
+    assert found is not None and float(found[1]) > 0
 
 
 @needs_nixl
