@@ -21,7 +21,6 @@ from engines.models.generic import GenericModel
 from engines.models.llama import LlamaModel
 from engines.packed_batch import PackedBatch
 from engines.prompt_scores import PromptScores
-from engines.sampling.peaks import find_peaks
 from engines.sampling.prompt_logprobs import score_tokens
 from engines.sampling.sampler import Sampler
 from engines.scheduler.plan import StepPlan
@@ -195,9 +194,8 @@ class ModelRunner:
             return needs.result([], [])
         # Decode steps sample every row: nothing to pick then.
         ended = hidden if len(needs.hidden_rows) == len(hidden) else hidden[needs.hidden_rows]
-        logits = self._model.logits(ended)
+        logits, peaks, rows_with_nan = self._model.logits_and_peaks(ended)
         self._timer.split("logits")
-        peaks, rows_with_nan = find_peaks(logits, self._kernels)
         broken = set(rows_with_nan)
         if broken - needs.drafted:
             raise NonFiniteLogits(request_ids=[needs.rids[i] for i in sorted(broken - needs.drafted)])

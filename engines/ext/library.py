@@ -35,7 +35,8 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type
     "pack_weight": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64]),
     "linear": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "linear_wide": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
-    "run_layers": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
+    "run_layers": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
+    "run_head": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
 _FIND_PEAKS: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
@@ -52,6 +53,7 @@ class Kernels:
         self.silu_mul = _function(library, "silu_mul", dtype)
         self.rotate = _function(library, "rotate", dtype)
         self.run_layers = _function(library, "run_layers", dtype)
+        self.run_head = _function(library, "run_head", dtype)
         self.find_peaks = library.find_peaks  # of fp32 logits, whatever the dtype of the model
         self.find_peaks.restype, self.find_peaks.argtypes = None, _FIND_PEAKS
         self.find_amx, self.try_amx = library.find_amx, library.try_amx

@@ -25,9 +25,11 @@ from engines.linear.backend import Linear, LinearBackend
 from engines.linear.summed_linear import SummedLinear
 from engines.linear.torch_linear import TorchBackend
 from engines.models.config import ModelConfig
+from engines.models.native_head import NativeHead
 from engines.models.native_stack import NativeStack
 from engines.models.rope import RopeTable
 from engines.models.row_ops import RowOps, TorchRowOps
+from engines.sampling.peaks import find_peaks
 
 if TYPE_CHECKING:
     from engines.tensor_parallel.ranks import Shard
@@ -114,8 +116,6 @@ class LlamaModel:
         self.kv_heads = slice(rank * num_kv_heads, (rank + 1) * num_kv_heads)  # of those in the region
         self._lm_head: Linear = (head or linear).make(weights.lm_head)
         self._rows: RowOps = TorchRowOps() if kernels is None else NativeRowOps(kernels)
-        # All layers in one call, where linears and attention are C++.
-        self.stack = NativeStack.of(config, self._layers, kernels)
         self._rope = RopeTable(
             config.rope,
             head_dim=config.head_dim,
@@ -123,6 +123,9 @@ class LlamaModel:
             dtype=weights.embed.dtype,
             device=str(weights.embed.device),
         )
+        # From ids to hidden states, and from there to logits, in one call each, where linears and attention are C++.
+        self.stack = NativeStack.of(config, weights.embed, self._layers, self._rope, kernels)
+        self.head = NativeHead.of(weights.norm, self._lm_head, config.rms_norm_eps, kernels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,15 +149,16 @@ class LlamaModel:
         """
         num_layers, group = self.config.num_layers, layer_group or self.config.num_layers
         rows, eps = self._rows, self.config.rms_norm_eps
-        hidden = F.embedding(ids, self._embed)
-        cos, sin = self._rope.at(positions)
         if self.stack is not None and isinstance(attention, NativeAttention):
+            hidden = self.stack.empty_hidden(len(ids))
             for lo in range(0, num_layers, group):
                 hi = min(lo + group, num_layers)
-                self.stack.run(lo, hi, hidden, cos, sin, attention)
+                self.stack.run(lo, hi, ids, positions, hidden, attention)
                 if on_layers is not None:
                     on_layers(lo, hi)
             return hidden
+        hidden = F.embedding(ids, self._embed)
+        cos, sin = self._rope.at(positions)
         delta: Tensor | None = None
         reported = 0
         for index, layer in enumerate(self._layers):
@@ -173,6 +177,13 @@ class LlamaModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[num_rows, vocab]` of hidden states `[num_rows, hidden]` from `forward`."""
         return self._lm_head.wide(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps))
+
+    def logits_and_peaks(self, hidden: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """`logits`, and what `find_peaks` finds in them: in one pass, where norm and head are C++."""
+        if self.head is not None:
+            return self.head.run(hidden)
+        logits = self.logits(hidden)
+        return logits, *find_peaks(logits, self.kernels)
 
     def _attend(
         self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: LayerAttention

@@ -1,4 +1,4 @@
-"""All decoder layers of a step in one C++ call (cpp/stack.h), where their linears and the attention are C++ too.
+"""From token ids to hidden states in one C++ call (cpp/stack.h), where linears and attention are C++ too.
 
 Same bits as the layers called part by part: the parts are the same functions.
 """
@@ -18,6 +18,7 @@ from engines.ext.library import HEAD_DIMS, Kernels
 from engines.linear.backend import Linear
 from engines.linear.native_linear import NativeLinear, WeightArgs
 from engines.models.config import ModelConfig
+from engines.models.rope import RopeTable
 
 
 class StackLayer(Protocol):
@@ -53,9 +54,15 @@ class _StackArgs(ctypes.Structure):
 
     _fields_ = (
         ("layers", c_void_p),
+        ("num_layers", c_int64),
         ("hidden_size", c_int64),
         ("head_dim", c_int64),
+        ("vocab_size", c_int64),
+        ("num_positions", c_int64),
         ("eps", c_float),
+        ("embed", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
         ("normed", c_void_p),
         ("qkv", c_void_p),
         ("attended", c_void_p),
@@ -69,12 +76,19 @@ class _StackArgs(ctypes.Structure):
 
 
 class NativeStack:
-    """Holds the addresses of the weights, which `layers` keep alive, and room for the largest step so far."""
+    """Holds the addresses of the weights and keeps them alive, and room for the largest step so far.
 
-    def __init__(self, config: ModelConfig, layers: Sequence[StackLayer], kernels: Kernels) -> None:
+    Args:
+        embed: `[vocab_size, hidden_size]`, contiguous.
+    """
+
+    def __init__(
+        self, config: ModelConfig, embed: Tensor, layers: Sequence[StackLayer], rope: RopeTable, kernels: Kernels
+    ) -> None:
+        assert embed.is_contiguous() and rope.cos.is_contiguous() and rope.sin.is_contiguous()
         self._kernels = kernels
-        self._layers = layers
-        self._num_layers = len(layers)
+        self._kept = (embed, layers, rope)
+        self._hidden_size = config.hidden_size
         strides = [_stride(size, kernels.dtype) for size in (config.hidden_size, config.q_size, _inner(layers))]
         # Elements per token of normed, qkv, attended, gate_up, inner, delta, in the order of `_StackArgs`.
         self._widths = (
@@ -88,9 +102,15 @@ class NativeStack:
         self._weights = (_LayerArgs * len(layers))(*(_layer_args(layer) for layer in layers))
         self._args = _StackArgs(
             layers=ctypes.addressof(self._weights),
+            num_layers=len(layers),
             hidden_size=config.hidden_size,
             head_dim=config.head_dim,
+            vocab_size=embed.shape[0],
+            num_positions=rope.cos.shape[0],
             eps=config.rms_norm_eps,
+            embed=embed.data_ptr(),
+            cos=rope.cos.data_ptr(),
+            sin=rope.sin.data_ptr(),
             normed_stride=strides[0],
             attended_stride=strides[1],
             inner_stride=strides[2],
@@ -100,31 +120,48 @@ class NativeStack:
         self._num_rows = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: Sequence[StackLayer], kernels: Kernels | None) -> NativeStack | None:
+    def of(
+        cls,
+        config: ModelConfig,
+        embed: Tensor,
+        layers: Sequence[StackLayer],
+        rope: RopeTable,
+        kernels: Kernels | None,
+    ) -> NativeStack | None:
         """None where a part of the layers is not C++: then they are called part by part."""
         if kernels is None or not layers or config.head_dim not in HEAD_DIMS:
             return None
         linears = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         if not all(isinstance(linear, NativeLinear) and linear.args.num_in == linear.num_in for linear in linears):
             return None
-        return cls(config, layers, kernels)
+        return cls(config, embed, layers, rope, kernels)
 
-    def run(self, lo: int, hi: int, hidden: Tensor, cos: Tensor, sin: Tensor, attention: NativeAttention) -> None:
+    def empty_hidden(self, num_tokens: int) -> Tensor:
+        """Room for the hidden states of a step."""
+        return torch.empty((num_tokens, self._hidden_size), dtype=self._kernels.dtype)
+
+    def run(self, lo: int, hi: int, ids: Tensor, positions: Tensor, hidden: Tensor, attention: NativeAttention) -> None:
         """Layers [lo, hi) of the step that `attention` was told of; their KV is then in the region. Blocks.
 
         Args:
-            hidden: `[num_tokens, hidden_size]`, changed in place; whole only after the last layer.
-            cos, sin: `[num_tokens, 1, head_dim]`, contiguous.
+            ids, positions: `[num_tokens]` int64, contiguous.
+            hidden: `[num_tokens, hidden_size]`; written first where `lo` is 0, whole only after the last layer.
+
+        Raises:
+            IndexError: an id or a position is beyond the model's tables. Nothing was computed.
         """
-        num_tokens = hidden.shape[0]
-        assert hidden.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+        num_tokens = ids.shape[0]
+        assert ids.is_contiguous() and positions.is_contiguous() and hidden.is_contiguous()
         if lo == 0 and num_tokens > self._num_rows:
             self._make_room(num_tokens)
-        self._kernels.run_layers(
-            self._address, attention.step_address, lo, hi, hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        failed = self._kernels.run_layers(
+            self._address, attention.step_address, lo, hi, ids.data_ptr(), positions.data_ptr(), hidden.data_ptr()
         )
-        if hi == self._num_layers:
-            hidden.add_(self._room[-1][:num_tokens])
+        if failed:
+            raise IndexError(
+                f"index out of range: a token id or a position of the step. Expected ids below "
+                f"{self._args.vocab_size} and positions below {self._args.num_positions}"
+            )
 
     def _make_room(self, num_rows: int) -> None:
         self._room = [torch.empty((num_rows, width), dtype=self._kernels.dtype) for width in self._widths]

@@ -62,12 +62,12 @@ class RopeTable:
         angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
         angles = torch.cat((angles, angles), dim=-1)
         # The angles are made in fp32 and only their cosines are rounded, as transformers does: bf16 positions collide.
-        self._cos = (angles.cos() * rope.attention_factor).to(device=device, dtype=dtype)
-        self._sin = (angles.sin() * rope.attention_factor).to(device=device, dtype=dtype)
+        self.cos = (angles.cos() * rope.attention_factor).to(device=device, dtype=dtype)
+        self.sin = (angles.sin() * rope.attention_factor).to(device=device, dtype=dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), `[num_tokens, 1, head_dim]` each: the same for all heads."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -92,10 +92,10 @@ inline void multiply_block(const RowBlocks& block, int64_t num_in, const bf16* x
     multiply_block<Tiles, false, Streams>(block, num_in, x, x_stride, panel, sums);
 }
 
-// Called by all threads of a team; ends with their barrier. Each thread configures its tiles and releases them.
+// Each thread configures its tiles and releases them.
 template <typename Tiles, typename Out>
-void linear_on_tiles(int64_t rows, const Weight& weight, const bf16* x, int64_t x_stride, Out* out,
-                     int64_t out_stride) {
+void linear_on_tiles(Share panels, int64_t rows, const Weight& weight, const bf16* x, int64_t x_stride, Out* out,
+                     int64_t out_stride, Watch* watch) {
   const int64_t num_in = weight.num_in, num_out = weight.num_out;
   const int64_t panel_bytes = (num_in + kTileDepth - 1) / kTileDepth * (kTileDepth / 2) * kPanelRowBytes;
   const int64_t fitting = kRowTileBytes / (num_in * static_cast<int64_t>(sizeof(bf16))) / kBlockRows * kBlockRows;
@@ -106,8 +106,7 @@ void linear_on_tiles(int64_t rows, const Weight& weight, const bf16* x, int64_t 
     const int64_t held = rows - begin < most ? rows - begin : most;
     const RowBlocks block(held);
     Tiles::configure(block.config());
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < num_panels(num_out); p++) {
+    for (int64_t p = panels.begin; p < panels.end; p++) {
       const int64_t first = p * kColumns, columns = num_out - first < kColumns ? num_out - first : kColumns;
       const char* panel = static_cast<const char*>(weight.panels) + p * panel_bytes;
       for (int64_t at = 0; at < held; at += block.size) {
@@ -118,11 +117,18 @@ void linear_on_tiles(int64_t rows, const Weight& weight, const bf16* x, int64_t 
           multiply_block<Tiles, false>(block, num_in, x + row * x_stride, x_stride, panel, sums);
         finish_rows(block.size, sums, bias ? bias + first : nullptr, out + row * out_stride + first, out_stride,
                     columns);
+        if (watch) watch->see(row, block.size, first, columns, sums);
       }
     }
   }
   Tiles::release();
-#pragma omp barrier
+}
+
+// All panels, by the calling thread.
+template <typename Tiles, typename Out>
+void linear_on_tiles(int64_t rows, const Weight& weight, const bf16* x, int64_t x_stride, Out* out,
+                     int64_t out_stride) {
+  linear_on_tiles<Tiles>({0, num_panels(weight.num_out)}, rows, weight, x, x_stride, out, out_stride, nullptr);
 }
 
 #endif

@@ -83,37 +83,55 @@ void merge_splits(const Step& step, T* out, int64_t out_stride, int64_t row, int
   finish_row<T, D>(first, first[D + 1], out + step.token_at[row] * out_stride + head * D);
 }
 
-// q: heads side by side, tokens `q_stride` apart; out likewise. Called by all threads of a team; ends with a barrier.
+// Room of a thread, kept from layer to layer: making it takes as long as attending to some tokens.
 template <typename T, int D>
-void attend(const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out, int64_t out_stride) {
+Scratch<T, D>& scratch_room(int64_t rows) {
+  thread_local std::unique_ptr<Scratch<T, D>> room;
+  thread_local int64_t size = 0;
+  if (rows > size) room = std::make_unique<Scratch<T, D>>(rows), size = rows;
+  return *room;
+}
+
+// Tasks so few that each thread has its share from the start. More are drawn one by one: they are not equally long.
+inline bool is_shared_out(const Team& team, const Step& step) {
+  return step.num_prefill == 0 && step.num_decode * step.num_kv_heads <= 2 * team.size;
+}
+
+// q: heads side by side, tokens `q_stride` apart; out likewise. Called by all threads of a team after a barrier.
+template <typename T, int D>
+void attend(Team& team, const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out, int64_t out_stride) {
   const int64_t kv_heads = step.num_kv_heads, group = step.num_heads / kv_heads;
-  Scratch<T, D> scratch(step.num_prefill && group < kQueryRows ? kQueryRows : group);
-#pragma omp for schedule(dynamic, 1) nowait
-  for (int64_t task = step.num_prefill * kv_heads - 1; task >= 0; task--)  // long ones first: they see the most keys
+  const int64_t prefill = step.num_prefill * kv_heads, tasks = prefill + step.num_decode * kv_heads;
+  Scratch<T, D>& scratch = scratch_room<T, D>(step.num_prefill && group < kQueryRows ? kQueryRows : group);
+  const auto attend_task = [&](int64_t task) {
+    if (task >= prefill)
+      return attend_split<T, D>(step, layer, q, q_stride, out, out_stride, step.decode_row[(task - prefill) / kv_heads],
+                                step.decode_split[(task - prefill) / kv_heads], (task - prefill) % kv_heads, scratch);
+    task = prefill - 1 - task;  // long ones first: they see the most keys
     attend_query_tile<T, D>(step, layer, q, q_stride, out, out_stride, step.prefill_row[task / kv_heads],
                             step.prefill_tile[task / kv_heads], task % kv_heads, scratch);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < step.num_decode * kv_heads; task++)
-    attend_split<T, D>(step, layer, q, q_stride, out, out_stride, step.decode_row[task / kv_heads],
-                       step.decode_split[task / kv_heads], task % kv_heads, scratch);
-  if (step.num_merge) {
-#pragma omp for
-    for (int64_t i = 0; i < step.num_merge * step.num_heads; i++)
-      merge_splits<T, D>(step, out, out_stride, step.merge_row[i / step.num_heads], i % step.num_heads);
-  }
+  };
+  if (is_shared_out(team, step))
+    for (auto [task, end] = team.share(tasks); task < end; task++) attend_task(task);
+  else
+    for (int64_t task; (task = team.take()) < tasks;) attend_task(task);
+  if (step.num_merge == 0) return;
+  team.barrier();
+  for (auto [i, end] = team.share(step.num_merge * step.num_heads); i < end; i++)
+    merge_splits<T, D>(step, out, out_stride, step.merge_row[i / step.num_heads], i % step.num_heads);
 }
 
 // Calls `attend` for the head dimensions that there are (also in library.py). False: not this one.
 template <typename T>
-bool attend_heads(int64_t head_dim, const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out,
+bool attend_heads(Team& team, int64_t head_dim, const Step& step, int64_t layer, const T* q, int64_t q_stride, T* out,
                   int64_t out_stride) {
   switch (head_dim) {
-    case 16: attend<T, 16>(step, layer, q, q_stride, out, out_stride); return true;
-    case 32: attend<T, 32>(step, layer, q, q_stride, out, out_stride); return true;
-    case 64: attend<T, 64>(step, layer, q, q_stride, out, out_stride); return true;
-    case 80: attend<T, 80>(step, layer, q, q_stride, out, out_stride); return true;
-    case 96: attend<T, 96>(step, layer, q, q_stride, out, out_stride); return true;
-    case 128: attend<T, 128>(step, layer, q, q_stride, out, out_stride); return true;
+    case 16: attend<T, 16>(team, step, layer, q, q_stride, out, out_stride); return true;
+    case 32: attend<T, 32>(team, step, layer, q, q_stride, out, out_stride); return true;
+    case 64: attend<T, 64>(team, step, layer, q, q_stride, out, out_stride); return true;
+    case 80: attend<T, 80>(team, step, layer, q, q_stride, out, out_stride); return true;
+    case 96: attend<T, 96>(team, step, layer, q, q_stride, out, out_stride); return true;
+    case 128: attend<T, 128>(team, step, layer, q, q_stride, out, out_stride); return true;
     default: return false;
   }
 }

@@ -24,7 +24,7 @@ inline uint64_t ranked(float logit, int64_t id) {
 
 inline int64_t id_of(uint64_t ranked) { return static_cast<uint32_t>(ranked); }
 
-inline bool any(VecI truth) {
+inline bool any_lane(VecI truth) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)truth, (__m512i)truth) != 0;
 #else
@@ -147,7 +147,7 @@ class WholeRow {
     for (int64_t i = 0; i < size_; i += kLanes) {
       VecI bins;
       std::memcpy(&bins, &bin_of_[i], sizeof bins);
-      if (i < whole && !any(bins == bin)) continue;
+      if (i < whole && !any_lane(bins == bin)) continue;
       for (int64_t k = i; k < std::min(i + kLanes, size_); k++)
         if (bin_of_[k] == bin) members_.push_back(ranked(row_[k], k));
     }

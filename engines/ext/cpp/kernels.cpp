@@ -1,19 +1,25 @@
 // The C interface of the kernels, loaded with ctypes by engines/ext/library.py. Pointers and lengths, no torch.
 #include "amx_check.h"
+#include "head.h"
 #include "peaks.h"
 #include "stack.h"
 
 using celeriac::bf16;
+using celeriac::Crew;
+using celeriac::Head;
 using celeriac::Stack;
 using celeriac::Step;
+using celeriac::Team;
 using celeriac::Weight;
 
 namespace {
 
 template <typename T, typename Out>
 void linear(const Weight& weight, int64_t rows, const T* x, int64_t x_stride, Out* out, int64_t num_threads) {
+  Crew crew;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-  celeriac::linear(rows, weight, x, x_stride, out, weight.num_out);
+  celeriac::linear(Team(crew).share(celeriac::num_panels(weight.num_out)), rows, weight, x, x_stride, out,
+                   weight.num_out);
 }
 
 // -1: no kernel for this head_dim.
@@ -22,8 +28,12 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
   const int64_t tasks = (step.num_decode + step.num_prefill) * step.num_kv_heads;
   const int64_t threads = tasks < step.num_threads ? tasks : step.num_threads;
   bool is_known = true;
+  Crew crew;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : is_known)
-  is_known = celeriac::attend_heads(head_dim, step, layer, q, q_stride, out, step.num_heads * head_dim);
+  {
+    Team team(crew);
+    is_known = celeriac::attend_heads(team, head_dim, step, layer, q, q_stride, out, step.num_heads * head_dim);
+  }
   return is_known ? 0 : -1;
 }
 
@@ -50,9 +60,13 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
                                 const T* cos, const T* sin, int64_t num_threads) {                                   \
     celeriac::rotate(num_tokens, num_heads, size, x, x_stride, cos, sin, num_threads);                               \
   }                                                                                                                  \
-  extern "C" void run_layers_##NAME(const Stack* stack, const Step* step, int64_t lo, int64_t hi, T* hidden,         \
-                                    const T* cos, const T* sin) {                                                    \
-    celeriac::run_layers(*stack, *step, lo, hi, hidden, cos, sin);                                                   \
+  extern "C" int run_layers_##NAME(const Stack* stack, const Step* step, int64_t lo, int64_t hi, const int64_t* ids, \
+                                   const int64_t* positions, T* hidden) {                                            \
+    return celeriac::run_layers(*stack, *step, lo, hi, ids, positions, hidden) ? 0 : -1;                             \
+  }                                                                                                                  \
+  extern "C" void run_head_##NAME(const Head* head, int64_t rows, T* hidden, float* logits, int64_t* ids,            \
+                                  bool* is_nan, int64_t num_threads) {                                               \
+    celeriac::run_head(*head, rows, hidden, logits, ids, is_nan, num_threads);                                       \
   }                                                                                                                  \
   extern "C" int64_t packed_size_##NAME(int64_t num_in, int64_t num_out) {                                           \
     return celeriac::num_panels(num_out) * celeriac::panel_size<T>(num_in) * celeriac::Pairs<T>::kPair;              \

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "formats.h"
+#include "team.h"
 
 namespace celeriac {
 
@@ -111,9 +112,17 @@ inline char* panel_room(int64_t num_bytes) {
   return room.get() + (-reinterpret_cast<uintptr_t>(room.get()) & 63);
 }
 
+// Looks at the sums of a panel as soon as they are final: rows [row, row + count), outputs [first, first + columns).
+struct Watch {
+  virtual void see(int64_t row, int64_t count, int64_t first, int64_t columns, const Vec (*sums)[2]) = 0;
+
+ protected:
+  ~Watch() = default;
+};
+
 template <typename Format, typename Out>
-void linear_as(int64_t rows, const Weight& weight, const typename Format::Type* x, int64_t x_stride, Out* out,
-               int64_t out_stride) {
+void linear_as(Share panels, int64_t rows, const Weight& weight, const typename Format::Type* x, int64_t x_stride,
+               Out* out, int64_t out_stride, Watch* watch) {
   using T = typename Format::Type;
   using Held = std::conditional_t<Format::kHasScales, Unpacked<T>, Plain<T>>;
   const int64_t num_in = weight.num_in, num_out = weight.num_out, group = weight.group;
@@ -125,8 +134,7 @@ void linear_as(int64_t rows, const Weight& weight, const typename Format::Type* 
   Vec sums[kRows][2];
   for (int64_t begin = 0; begin < rows; begin += tile) {
     const int64_t held = rows - begin < tile ? rows - begin : tile, blocks = (held + kRows - 1) / kRows;
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < num_panels(num_out); p++) {
+    for (int64_t p = panels.begin; p < panels.end; p++) {
       const int64_t first = p * kColumns, columns = num_out - first < kColumns ? num_out - first : kColumns;
       const char* panel = static_cast<const char*>(weight.panels) + p * panel_bytes;
       const float* scales = weight.scales + p * num_scales;
@@ -142,10 +150,10 @@ void linear_as(int64_t rows, const Weight& weight, const typename Format::Type* 
         else
           multiply_rows<Held, false>(count, num_in, from, x_stride, held_panel, scales, group, nullptr, sums);
         finish_rows(count, sums, bias ? bias + first : nullptr, out + row * out_stride + first, out_stride, columns);
+        if (watch) watch->see(row, count, first, columns, sums);
       }
     }
   }
-#pragma omp barrier
 }
 
 }  // namespace celeriac

@@ -17,6 +17,14 @@ inline int threads_for(int64_t elements, int64_t limit) {
   return static_cast<int>(wanted < limit ? wanted : limit);
 }
 
+// x <- (x + delta) rounded
+template <typename T>
+inline void add_row(int64_t size, T* x, const T* delta) {
+  const int64_t whole = size - size % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(x + i, load(x + i) + load(delta + i));
+  for (int64_t i = whole; i < size; i++) store(x + i, to_float(x[i]) + to_float(delta[i]));
+}
+
 // x <- (x + delta) rounded, if there is a delta; out <- weight * x / rms(x).
 template <typename T>
 inline void norm_row(int64_t size, T* x, const T* delta, const T* weight, float eps, T* out) {
@@ -49,17 +57,16 @@ void norm(int64_t num_tokens, int64_t num_heads, int64_t size, T* x, int64_t x_s
                out + t * out_stride + h * size);
 }
 
-// to[i] = silu(gate_up[i]) * gate_up[size + i]
+// to[i] = silu(gate[i]) * up[i]
 template <typename T>
-inline void silu_mul_token(int64_t size, const T* gate_up, T* to) {
+inline void silu_mul_row(int64_t size, const T* gate, const T* up, T* to) {
   const int64_t whole = size - size % kLanes;
-  const T* up = gate_up + size;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    Vec g = load(gate_up + i);
+    Vec g = load(gate + i);
     store(to + i, g / (1.0f + exp(-g)) * load(up + i));
   }
   for (int64_t i = whole; i < size; i++) {
-    float g = to_float(gate_up[i]);
+    float g = to_float(gate[i]);
     store(to + i, g / (1.0f + std::exp(-g)) * to_float(up[i]));
   }
 }
@@ -68,7 +75,8 @@ template <typename T>
 void silu_mul(int64_t num_tokens, int64_t size, const T* gate_up, T* out, int64_t num_threads) {
   const int threads = threads_for(num_tokens * size, num_threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < num_tokens; t++) silu_mul_token(size, gate_up + t * 2 * size, out + t * size);
+  for (int64_t t = 0; t < num_tokens; t++)
+    silu_mul_row(size, gate_up + t * 2 * size, gate_up + (t * 2 + 1) * size, out + t * size);
 }
 
 // Turn each head of x in place by the angles of its token; pairs are (i, i + size / 2). cos, sin: [size].

@@ -126,6 +126,15 @@ inline void transpose(Vec* v) {
   }
 }
 
+// Of lanes that are 0 or -1.
+inline bool any(VecI lanes) {
+  typedef int64_t Words __attribute__((vector_size(4 * kLanes)));
+  const Words words = (Words)lanes;
+  int64_t found = 0;
+  for (int i = 0; i < kLanes / 2; i++) found |= words[i];
+  return found != 0;
+}
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float max(Vec v) {

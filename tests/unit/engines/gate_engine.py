@@ -81,6 +81,11 @@ class Recorder(LlamaModel):
         self._last = super().logits(hidden)
         return self._last
 
+    def logits_and_peaks(self, hidden: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        found = super().logits_and_peaks(hidden)
+        self._last = found[0]
+        return found
+
     def take(self) -> list[Tensor]:
         assert self._last is not None
         rows, self._last = list(self._last.cpu()), None
