@@ -17,7 +17,8 @@ from compose.ports import port_problem
 from configs.dump import without_password
 from configs.schema import Settings
 from configs.units import format_size
-from engines.errors import ModelError
+from engines.device_kv.sizing import BounceSize
+from engines.errors import BounceTooSmall, ModelError
 from engines.models.context import context_length
 from kvstore.errors import StateUnavailable
 from kvstore.state.server_facts import ServerFacts, server_facts
@@ -140,8 +141,20 @@ def check_model(settings: Settings, folder: Path, found: Findings) -> None:
             f"{needed * block_bytes / 2**30:.2f} GiB, and a worker has {num_blocks} blocks. Expected `kv.memory_bytes` "
             f"of at least {-(-needed * block_bytes // 2**20)}MiB, or a smaller `model.max_model_len`."
         )
+    bounce_bytes = settings.kv.bounce_bytes
+    if bounce_bytes:
+        try:
+            BounceSize.choose(
+                bounce_bytes,
+                device="cpu",
+                block_bytes=block_bytes,
+                block_size=settings.kv.block_size,
+                max_model_len=longest,
+            )
+        except BounceTooSmall as error:
+            found.problems.append(f"kv: {error}")
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    per_worker = weights + num_blocks * block_bytes + BASE_MEMORY_PER_WORKER
+    per_worker = weights + num_blocks * block_bytes + bounce_bytes + BASE_MEMORY_PER_WORKER
     num_workers, free = len(worker_roles(settings)), available_memory_bytes()
     if per_worker * num_workers > free:
         found.notices.append(

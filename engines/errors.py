@@ -16,6 +16,7 @@ EngineError(retryable)
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 
 
@@ -102,8 +103,9 @@ class BounceTooSmall(EngineError):
     """A sequence of `max_model_len` tokens could not move in each direction at once."""
 
     def __init__(self, *, bounce_bytes: int, needed_bytes: int, max_model_len: int) -> None:
+        needed_mib = ceil(needed_bytes / 2**20 * 10) / 10
         super().__init__(
-            f"`kv.bounce_bytes` is {bounce_bytes / 2**20:.1f} MiB. Expected at least {needed_bytes / 2**20:.1f} MiB: "
+            f"`kv.bounce_bytes` is {bounce_bytes / 2**20:.1f} MiB. Expected at least {needed_mib:.1f} MiB: "
             f"two sequences of {max_model_len} tokens, one on its way out and one on its way in. Raise it, lower "
             "`model.max_model_len`, or set 0, which takes a size that works."
         )

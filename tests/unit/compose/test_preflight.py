@@ -61,6 +61,14 @@ def test_kv_too_small_for_one_request_is_refused_with_the_arithmetic(tmp_path: P
     ]
 
 
+def test_a_bounce_region_too_small_for_the_longest_request_each_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = Findings()
+    check_model(settings(CELERIAC_KV__BOUNCE_BYTES="16MiB", CELERIAC_MODEL__DTYPE="float32"), tmp_path, found)
+    (problem,) = found.problems
+    assert "`kv.bounce_bytes` is 16.0 MiB. Expected at least 16.3 MiB" in problem  # 2 x 65 blocks of 128 KiB
+
+
 def test_a_length_above_the_models_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = Findings()
