@@ -111,12 +111,12 @@ def test_a_replay_equals_the_computed_step_bit_for_bit(
     recorded, computed = Rig(model, RecordedGraphs()), Rig(model, RepeatedGraphs())
 
     with torch.inference_mode():
-        for batch, rows in random_steps(FAMILIES.index(family), 25):
+        for batch, rows in random_steps(FAMILIES.index(family), 15):
             assert torch.equal(recorded.step(batch, rows), computed.step(batch, rows))
             assert torch.equal(recorded.bits, computed.bits)
 
     assert recorded.graphs.is_on
-    assert recorded.graphs.num_graphs >= 4
+    assert recorded.graphs.num_graphs >= 3
     assert not recorded.kv[SCRATCH].any()  # zeros, as at the start
 
 
@@ -130,7 +130,7 @@ def test_graphs_agree_with_the_eager_pass(
     replayed, eager = Rig(model, graphs, device), Rig(model, None, device)
 
     with torch.inference_mode():
-        for batch, rows in random_steps(9, 25):
+        for batch, rows in random_steps(9, 15):
             found, wanted = replayed.step(batch, rows), eager.step(batch, rows)
             assert float((found - wanted).float().norm() / wanted.float().norm()) < tolerance
 
@@ -253,7 +253,7 @@ def test_no_more_graphs_are_recorded_than_allowed(folders: dict[str, Path]) -> N
     )
     eager = Rig(model, None)
     with torch.inference_mode():
-        for batch, rows in random_steps(2, 25):
+        for batch, rows in random_steps(2, 15):
             torch.testing.assert_close(rig.step(batch, rows), eager.step(batch, rows), rtol=1e-3, atol=1e-4)
 
     assert len(graphs.graphs) == rig.graphs.num_graphs == 2
