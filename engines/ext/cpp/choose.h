@@ -140,7 +140,7 @@ class RowChooser {
     const int64_t whole = size_ - size_ % kLanes;
     candidates_.clear();
     for (int64_t i = 0; i < whole; i += kLanes) {
-      if (!any_lane(load(row_ + i) >= least)) continue;
+      if (!any(load(row_ + i) >= least)) continue;
       if (candidates_.size() > kMostCandidates) return false;
       for (int64_t k = i; k < i + kLanes; k++)
         if (row_[k] >= least) candidates_.push_back(ranked(row_[k], k));

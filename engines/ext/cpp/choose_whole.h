@@ -24,17 +24,6 @@ inline uint64_t ranked(float logit, int64_t id) {
 
 inline int64_t id_of(uint64_t ranked) { return static_cast<uint32_t>(ranked); }
 
-inline bool any_lane(VecI truth) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)truth, (__m512i)truth) != 0;
-#else
-  int64_t words[kLanes / 2], found = 0;
-  std::memcpy(words, &truth, sizeof truth);
-  for (const int64_t word : words) found |= word;
-  return found != 0;
-#endif
-}
-
 // weights[i] = e^((row[i] - most) * coldness), as in choose.py.
 inline void weigh(const float* row, int64_t size, float most, double coldness, double* weights) {
   const int64_t whole = size - size % kDoubles;
@@ -147,7 +136,7 @@ class WholeRow {
     for (int64_t i = 0; i < size_; i += kLanes) {
       VecI bins;
       std::memcpy(&bins, &bin_of_[i], sizeof bins);
-      if (i < whole && !any_lane(bins == bin)) continue;
+      if (i < whole && !any(bins == bin)) continue;
       for (int64_t k = i; k < std::min(i + kLanes, size_); k++)
         if (bin_of_[k] == bin) members_.push_back(ranked(row_[k], k));
     }

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -128,11 +128,15 @@ inline void transpose(Vec* v) {
 
 // Of lanes that are 0 or -1.
 inline bool any(VecI lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#else
   typedef int64_t Words __attribute__((vector_size(4 * kLanes)));
   const Words words = (Words)lanes;
   int64_t found = 0;
   for (int i = 0; i < kLanes / 2; i++) found |= words[i];
   return found != 0;
+#endif
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
