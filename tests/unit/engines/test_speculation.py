@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines.params import SamplingParams
+from engines.sampling.peaks import find_peaks
 from engines.sequence import Sequence
 from engines.speculation.proposer import NgramProposer
 from engines.structured import Constraint
@@ -185,18 +186,18 @@ def test_an_output_that_is_nan_behind_a_wrong_guess_is_nobodys_concern(loop: Loo
     (plain,), (guessed,) = ([make_sequence("r", prompts()[0], params)] for _ in range(2))
     run(loop, [plain])
     guesser = Corrupting({plain.seq_id: plain.output_token_ids}, seed=1)
-    logits_of = loop.runner._model.logits
+    logits_of = loop.runner._model.logits_and_peaks
 
-    def broken_behind_guesses(hidden: torch.Tensor) -> torch.Tensor:
-        logits = logits_of(hidden)
+    def broken_behind_guesses(hidden: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+        logits = logits_of(hidden)[0]
         logits[1:] = float("nan")
-        return logits
+        return logits, *find_peaks(logits, None)
 
-    loop.runner._model.logits = broken_behind_guesses  # type: ignore[method-assign]
+    loop.runner._model.logits_and_peaks = broken_behind_guesses  # type: ignore[method-assign]
     try:
         _, num_steps = run(loop, [guessed], proposer=guesser)
     finally:
-        loop.runner._model.logits = logits_of  # type: ignore[method-assign]
+        loop.runner._model.logits_and_peaks = logits_of  # type: ignore[method-assign]
 
     assert guessed.output_token_ids == plain.output_token_ids
     assert (guesser.num_kept, num_steps) == (0, len(plain.output_token_ids))
