@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from compose.worker_watch import WorkerWatch
 from configs.schema import Settings
 from kvstore.clock import now_s
 from kvstore.errors import KVStoreError
+from kvstore.readable import wait_readable
 from kvstore.state.embedded import EmbeddedValkey
 from kvstore.state.store import StateStore
 
@@ -209,7 +209,7 @@ class Supervisor:
         self._num_stops += 1
 
     def _rest(self, seconds: float) -> None:
-        select.select([self._wake_read], [], [], seconds)
+        wait_readable([self._wake_read], seconds)
         try:
             while os.read(self._wake_read, 512):
                 pass

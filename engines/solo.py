@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import select
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from configs.loader import load_with_origins
 from engines.messages import Add, FrameReader, Lease, Ready, Shutdown, Stats, Tokens, decode_engine, frame
 from engines.params import SamplingParams
 from engines.process import EngineChild, spawn_engine
+from kvstore.readable import wait_readable
 
 LEASE_EVERY_S = 0.5
 READ_BYTES = 1 << 20
@@ -156,7 +156,7 @@ class Feeder:
             )
 
     def _read(self, wait_s: float) -> list[object]:
-        if not select.select([self._child.sock], [], [], wait_s)[0]:
+        if not wait_readable([self._child.sock], wait_s):
             return []
         chunk = self._child.sock.recv(READ_BYTES)
         if not chunk:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from celery.worker import state
 
 from engines.process import EngineChild, spawn_engine
 from kvstore.clock import now_s
+from kvstore.readable import wait_readable
 from kvstore.state.replies import Turn
 from tasks.acks import BatchedAcks, renew_unacked
 from tasks.job import Job
@@ -250,7 +250,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self.front.drain(drain_s)  # an earlier deadline, set by the drain command, stays
         end_s = now_s() + drain_s + LAST_CALLS_S
         while not self.front.is_drained and now_s() < end_s:
-            select.select([self._wake_fd], [], [], 0.1)
+            wait_readable([self._wake_fd], 0.1)
             self._run_posted()
             self._check_time_limits()
             if now_s() - self._renewed_s > self._renew_every_s:

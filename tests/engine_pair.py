@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from engines.messages import (
 )
 from engines.params import SamplingParams
 from engines.process import EngineConfig
+from kvstore.readable import wait_readable
 
 SECRET = b"a secret for tests, of thirty-two bytes"
 
@@ -159,7 +159,7 @@ class EnginePair:
                 continue
             self._handed.add(message.rid)
             self.decode.engine.core.handle(Promote(message.rid, message.xfer, message.epoch + 1, "d.1"))
-        select.select([half.engine.node.wake_fd for half in self.halves.values()], [], [], 0.001)
+        wait_readable([half.engine.node.wake_fd for half in self.halves.values()], 0.001)
 
     def output(self, rid: str, c: int = 0) -> list[int]:
         """Tokens of a choice in their order, whichever engine told them."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from engines.finish import FinishRule
 from engines.messages import EngineMessage, FrameReader, TokenOut, frame
 from engines.params import SamplingParams
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 
 FIRST_ID, NUM_IDS = 300, 200  # ordinary words of tiny-chat's vocabulary, no end token among them
 MAX_MODEL_LEN = 2048
@@ -131,7 +131,7 @@ class FakeEngine(threading.Thread):
     def _wait(self) -> None:
         sources = [self._sock, self._listener, *(sock for sock, _ in self._writers.values())]
         has_work = bool(self._decoding or self._adds)
-        readable, _, _ = select.select(sources, [], [], self._step_s if has_work else 0.05)
+        readable = wait_readable(sources, self._step_s if has_work else 0.05)
         for source in readable:
             if source is self._sock:
                 chunk = self._sock.recv(1 << 20)

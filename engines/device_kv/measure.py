@@ -10,7 +10,6 @@ share its cores.
 from __future__ import annotations
 
 import argparse
-import select
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from engines.device_kv.lane import CopyThread
 from engines.device_kv.pinned import pin
 from engines.device_kv.slot_pool import SlotPool
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.transport import Arrived, Event, GrantReceived, Handed, KVNode, KVPort, KVRegion, ReserveRequested
 
 NUM_LAYERS, NUM_GROUPS = 32, 4
@@ -94,7 +94,7 @@ def _wait(node: KVPort, kind: type[E]) -> E:
         for event in node.poll_events():
             if isinstance(event, kind):
                 return event
-        select.select([node.wake_fd], [], [], 0.5)
+        wait_readable([node.wake_fd], 0.5)
     raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_S} s")
 
 

@@ -6,7 +6,6 @@ The other process is `python -m kvstore.transport.measure`, which takes everythi
 from __future__ import annotations
 
 import ctypes
-import select
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.transport.events import Arrived, BlocksFree, Event, GrantReceived, Handed, ReserveRequested
 from kvstore.transport.node import KVNode
 from kvstore.transport.region import KVRegion
@@ -84,7 +84,7 @@ def _wait(node: KVNode, kind: type[Event]) -> None:
     while time.monotonic() < ends_s:
         if any(isinstance(event, kind) for event in node.poll_events()):
             return
-        select.select([node.wake_fd], [], [], 0.1)
+        wait_readable([node.wake_fd], 0.1)
     raise TimeoutError(f"no {kind.__name__} from the other process within {STEP_TIMEOUT_S} s")
 
 
@@ -119,7 +119,7 @@ def _serve(protocol: str, folder: str) -> None:
     node = _node(f"reader-{protocol}", _region(), protocol, folder)
     print(msgspec.json.encode(node.start()).decode(), flush=True)
     while True:
-        readable, _, _ = select.select([node.wake_fd, sys.stdin], [], [])
+        readable = wait_readable([node.wake_fd, sys.stdin])
         for event in node.poll_events():
             match event:
                 case ReserveRequested():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Final
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.reshard import KVLayout
 from kvstore.transport.events import Arrived, Event, GrantReceived, Handed, PushFailed, Refused, ReserveRequested
 from kvstore.transport.node import KVNode
@@ -180,7 +180,7 @@ class Writer:
                     return
                 if isinstance(event, PushFailed | Refused):
                     raise RuntimeError(f"{self.spec.name}: {event}")
-            select.select([self._node.wake_fd], [], [], 0.1)
+            wait_readable([self._node.wake_fd], 0.1)
         raise TimeoutError(f"{self.spec.name}: no {kind.__name__} within {STEP_TIMEOUT_S} s")
 
 
@@ -195,7 +195,7 @@ def _read(folder: str, name: str, specs: list[NodeSpec]) -> None:
         nodes[node.wake_fd] = (spec, node)
     print(msgspec.json.encode(addresses).decode(), flush=True)
     while True:
-        readable, _, _ = select.select([*nodes, stdin], [], [])
+        readable = wait_readable([*nodes, stdin])
         if stdin in readable:
             for _, node in nodes.values():
                 node.stop()

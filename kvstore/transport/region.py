@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import weakref
 from functools import cached_property
 
 from kvstore.native.pages import PageOps, Pages, page_ops
@@ -44,6 +45,9 @@ class KVRegion:
         self.buffer = memoryview(self._mmap)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
         self.pages = Pages(self.address, num_blocks, num_layers, layer_bytes)
+        # Last, since on an error `fd` is the caller's. A region that nobody closes must not keep its memory for ever.
+        self._closing = weakref.finalize(self, os.close, fd)
+        self._closing.atexit = False
 
     @classmethod
     def create(cls, num_blocks: int, num_layers: int, layer_bytes: int) -> KVRegion:
@@ -106,6 +110,5 @@ class KVRegion:
         with contextlib.suppress(BufferError):
             self.buffer.release()
             self._mmap.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._closing()
+        self.fd = -1

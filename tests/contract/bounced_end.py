@@ -86,6 +86,10 @@ class BouncedEnd(End):
         self.events: list[Event] = []
         self._num_seen = 0
 
+    def close(self) -> None:
+        self.node.stop()
+        self.slots.close()
+
     def hold_kv_thread(self) -> Callable[[], None]:
         return hold(self.inner._loop.post)
 

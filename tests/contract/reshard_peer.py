@@ -9,7 +9,6 @@ writer gets the addresses over stdin, pushes, and prints `OK` when all readers h
 from __future__ import annotations
 
 import contextlib
-import select
 import sys
 import time
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.reshard import KVLayout
 from kvstore.reshard.pack import blocks_as_words
 from kvstore.transport import (
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _events(node: KVNode) -> list[Event]:
-    select.select([node.wake_fd], [], [], 0.5)
+    wait_readable([node.wake_fd], 0.5)
     return node.poll_events()
 
 

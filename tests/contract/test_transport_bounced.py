@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvstore.readable import wait_readable
 from kvstore.transport import (
     Arrived,
     BlocksFree,
@@ -115,7 +115,7 @@ def hears(end: End, kind: type[Event], xfer: str) -> None:
     while not any(isinstance(event, kind) and event.xfer == xfer for event in end.events):
         left_s = ends_s - time.monotonic()
         assert left_s > 0, f"no {kind.__name__} of {xfer} within 10 s, but {end.events}"
-        select.select([end.node.wake_fd], [], [], left_s)
+        wait_readable([end.node.wake_fd], left_s)
         end.events += end.node.poll_events()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import msgspec
 import pytest
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.reshard import KVLayout
 from kvstore.transport import Event, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
 from kvstore.transport.rdma import nixl_version
@@ -74,7 +74,7 @@ class End:
                     return event
             left_s = ends_s - time.monotonic()
             assert left_s > 0, f"no {kind.__name__} within {timeout_s} s, but {self.events}"
-            select.select([self.node.wake_fd], [], [], left_s)
+            wait_readable([self.node.wake_fd], left_s)
 
     def sees(self, kind: type[Event], *, within_s: float) -> bool:
         """Whether such an event comes in this time."""
@@ -112,6 +112,7 @@ class End:
 
     def close(self) -> None:
         self.node.stop()
+        self.region.close()
 
 
 def granted(writer: End, reader: End, xfer: str, blocks: list[int]) -> None:

@@ -8,12 +8,12 @@ Prints its address (receiver), then one line per event: the name of its class.
 from __future__ import annotations
 
 import contextlib
-import select
 import sys
 
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.transport import Arrived, GrantReceived, KVNode, KVPort, KVRegion, ReserveRequested
 
 NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES = 32, 4, 64 << 10
@@ -29,7 +29,7 @@ def main() -> None:
         target = msgspec.json.decode(sys.argv[4], type=KVAddress)
         node.reserve(target, "w:1", rid="r1", epoch=1, token="t", num_blocks=8, deadline_s=60)
     while True:
-        readable, _, _ = select.select([node.wake_fd, sys.stdin], [], [], 0.5)
+        readable = wait_readable([node.wake_fd, sys.stdin], 0.5)
         for event in node.poll_events():
             match event:
                 case GrantReceived():

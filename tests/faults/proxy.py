@@ -6,7 +6,6 @@ writer ──▶ Proxy.port ══ to_receiver: Way ══▶ target port       
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import threading
@@ -14,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from kvstore.readable import wait_readable
 
 PIECE_BYTES = 64 << 10
 MAX_WAITING_BYTES = 256 << 10  # per direction of a pair: behind it the sender feels it
@@ -117,7 +118,7 @@ class Proxy:
                 if source not in pair.ended and not way.is_held and num_waiting < MAX_WAITING_BYTES:
                     sources.append(source)
                 is_busy = is_busy or num_waiting > 0
-        return select.select(sources, [], [], TURN_S if is_busy else 10 * TURN_S)[0]
+        return wait_readable(sources, TURN_S if is_busy else 10 * TURN_S)
 
     def _accept(self) -> None:
         near, _ = self._listener.accept()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Sequence
 
 from kvstore.blocks import BlockPool, OutOfBlocks
+from kvstore.readable import wait_readable
 from kvstore.transport import Arrived, BlocksFree, KVNode, KVRegion, ReserveRequested
 from tests.contract.transport_peer import COMPAT, SECRET
 
@@ -39,7 +39,7 @@ class Site:
 
     def turn(self, wait_s: float) -> None:
         """What the engine does between two steps."""
-        select.select([self.node.wake_fd], [], [], wait_s)
+        wait_readable([self.node.wake_fd], wait_s)
         for event in self.node.poll_events():
             if isinstance(event, ReserveRequested):
                 self._grant(event)

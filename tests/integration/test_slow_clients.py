@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from engines.tokenizer import Tokenizer
+from kvstore.readable import wait_readable
 from kvstore.state import EmbeddedValkey
 from tests.gateway_harness import TINY_CHAT, LiveGateway, Publisher
 from webapp.server import HEAD_DEADLINE_S
@@ -40,7 +40,7 @@ def _drip_until_closed(clients: list[socket.socket], limit_s: float) -> list[soc
     end_s = time.monotonic() + limit_s
     still_open = list(clients)
     while still_open and time.monotonic() < end_s:
-        readable, _, _ = select.select(still_open, [], [], 0.25)
+        readable = wait_readable(still_open, 0.25)
         for client in readable:
             try:
                 is_closed = client.recv(65536) == b""

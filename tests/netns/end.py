@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import random
-import select
 import sys
 import time
 
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.transport import Arrived, BlocksFree, GrantReceived, KVNode, KVRegion, ReserveRequested, Times
 from tests.contract.transport_peer import COMPAT, SECRET
 
@@ -40,7 +40,7 @@ def main() -> None:
     )
     tell(address=msgspec.json.encode(node.start()).decode())
     while True:
-        readable, _, _ = select.select([node.wake_fd, sys.stdin], [], [], 0.5)
+        readable = wait_readable([node.wake_fd, sys.stdin], 0.5)
         for event in node.poll_events():
             is_right = None
             if isinstance(event, ReserveRequested):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.readable import wait_readable
 from tests.netns.end import TCP_SILENCE_S
 from tests.netns.network import ADDRESSES, Network, why_not
 
@@ -70,7 +70,7 @@ class Process:
         assert self._process.stdout is not None
         ends_s = time.monotonic() + timeout_s
         while b"\n" not in self._unread:
-            readable, _, _ = select.select([self._process.stdout], [], [], max(ends_s - time.monotonic(), 0))
+            readable = wait_readable([self._process.stdout], max(ends_s - time.monotonic(), 0))
             assert readable, f"nothing came within {timeout_s:.1f} s"
             piece = os.read(self._process.stdout.fileno(), 1 << 16)
             assert piece, "the process has ended"

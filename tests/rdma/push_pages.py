@@ -12,7 +12,6 @@ import faulthandler
 import hashlib
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from kvstore.address import KVAddress
+from kvstore.readable import wait_readable
 from kvstore.transport import (
     Arrived,
     BlocksFree,
@@ -66,7 +66,7 @@ def wait(node: KVNode, kind: type[E]) -> E:
                 return event
             if isinstance(event, PushFailed):
                 raise SystemExit(f"FAIL: {event}")
-        select.select([node.wake_fd], [], [], 0.5)
+        wait_readable([node.wake_fd], 0.5)
     raise SystemExit(f"FAIL: no {kind.__name__} within {STEP_S:.0f} s")
 
 
