@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -73,9 +74,11 @@ def fuzz(*, runs: int = 0, seconds: int = 0, seed: int = 0, keep: str = "") -> i
         corpus.mkdir()
         for name, data in seeds().items():
             (corpus / name).write_bytes(data)
+        # libFuzzer asks for the peak of its memory, which begins at that of the process that has started it.
+        limit_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 1024
         command = [
             sys.executable, "-m", "tests.fuzz.target", str(corpus), f"-artifact_prefix={keep or folder}/",
-            "-timeout=10", "-rss_limit_mb=1024", "-max_len=4096", "-print_final_stats=1", f"-seed={seed}",
+            "-timeout=10", f"-rss_limit_mb={limit_mb}", "-max_len=4096", "-print_final_stats=1", f"-seed={seed}",
             f"-runs={runs or -1}", f"-max_total_time={seconds}",
         ]  # fmt: skip
         done = subprocess.run(
