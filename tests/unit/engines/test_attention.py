@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from engines.attention.backend import AttentionBackend, AttentionMetadata, AttentionRow
+from engines.attention.flashinfer_backend import FlashInferAttention
 from engines.attention.native_backend import SPLIT_TOKENS, NativeAttention
 from engines.attention.torch_backend import TorchAttention, _bucket
 from engines.ext.library import load_kernels
+from tests import reference_flashinfer
 from tests.devices import needs_gpu
 
 HEAD_DIM, NUM_LAYERS, NUM_BLOCKS = 32, 2, 96
-BACKENDS = ["torch", "native", pytest.param("cuda", marks=needs_gpu)]
+BACKENDS = ["torch", "native", "flashinfer", pytest.param("cuda", marks=needs_gpu)]
 
 
 def make_attention(backend: str, step: RandomStep) -> AttentionBackend:
     if backend == "torch":
         return TorchAttention(step.kv)
+    if backend == "flashinfer":  # its calls, with plain torch behind them
+        return FlashInferAttention(step.kv, step.num_heads, reference_flashinfer)
     if backend == "cuda":
         return _OnGpu(step.kv)
     return NativeAttention(step.kv, step.num_heads, load_kernels(step.kv.dtype))

@@ -23,38 +23,11 @@ from tests import reference_flashinfer
 from tests.checkpoints import make_checkpoint
 from tests.devices import needs_gpu
 from tests.recorded_graphs import RecordedGraphs
-from tests.unit.engines.test_attention import NUM_LAYERS, RandomStep
 from tests.unit.engines.test_decode_graphs import SCRATCH, Rig, load, random_steps
 
 
 def region(dtype: torch.dtype = torch.bfloat16, *, head_dim: int = 64, device: str = "cpu") -> Tensor:
     return torch.zeros(4, 2, 2, 2, 8, head_dim, dtype=dtype, device=device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("num_kv_heads", "queries_per_kv"), [(2, 4), (3, 1), (1, 7)])
-@pytest.mark.parametrize("decode_only", [False, True])
-def test_any_mix_of_rows_equals_naive_attention(
-    seed: int, num_kv_heads: int, queries_per_kv: int, decode_only: bool, dtype: torch.dtype
-) -> None:
-    step = RandomStep(
-        seed,
-        num_kv_heads=num_kv_heads,
-        queries_per_kv=queries_per_kv,
-        block_size=[4, 8, 5][seed % 3],
-        decode_only=decode_only,
-        dtype=dtype,
-    )
-    attention = FlashInferAttention(step.kv, step.num_heads, reference_flashinfer)
-    attention.begin_step(step.metadata)
-    q = torch.randn(len(step.metadata.slot_mapping), step.num_heads, 32, generator=step.generator).to(dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-
-    for layer in range(NUM_LAYERS):
-        attention.write_kv(layer, step.new_kv(layer, 0), step.new_kv(layer, 1))
-        found = attention.forward(layer, q).float()
-        torch.testing.assert_close(found, step.naive(layer, q), rtol=tolerance, atol=tolerance)
 
 
 def test_decode_graphs_over_its_wrappers_equal_the_eager_pass(tmp_path: Path) -> None:
