@@ -165,6 +165,15 @@ def _take_chunk(stream: Stream, chunk: dict[str, Any]) -> None:
             stream.finish_reasons[index] = choice["finish_reason"]
 
 
+def are_in_midst(counts: list[int], max_tokens: list[int], after_tokens: int) -> bool:
+    """Each stream has `after_tokens` tokens, or the first of them is half way.
+
+    So on a machine that starts some streams late, none has ended when a fault comes.
+    """
+    half_ways = [max(after_tokens, limit // 2) for limit in max_tokens]
+    return min(counts) >= after_tokens or any(n >= half_way for n, half_way in zip(counts, half_ways, strict=True))
+
+
 async def read_streams(
     url: str,
     bodies: list[dict[str, Any]],
@@ -173,7 +182,7 @@ async def read_streams(
     after_s: float = 0.0,
     after_tokens: int = 0,
 ) -> list[Stream]:
-    """All streams at once. `meanwhile` runs in a thread, after `after_s` and once each has `after_tokens` tokens."""
+    """All streams at once; `meanwhile` runs in a thread, after `after_s` and once `are_in_midst`."""
     timeout = aiohttp.ClientTimeout(total=280)
     connector = aiohttp.TCPConnector(limit=0)
     streams = [_empty_stream(body) for body in bodies]
@@ -182,7 +191,8 @@ async def read_streams(
         tasks = [asyncio.create_task(read) for read in reads]
         if meanwhile is not None:
             await asyncio.sleep(after_s)
-            while any(len(stream.token_ids[0]) < after_tokens for stream in streams):
-                await asyncio.sleep(0.01)
+            limits = [int(body["max_tokens"]) for body in bodies]
+            while not are_in_midst([len(stream.token_ids[0]) for stream in streams], limits, after_tokens):
+                await asyncio.sleep(0.005)
             await asyncio.to_thread(meanwhile)
         return list(await asyncio.gather(*tasks))

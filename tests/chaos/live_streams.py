@@ -7,9 +7,10 @@ from typing import Any
 from tests.cluster import Stream
 
 NUM_STREAMS = 20
+MAX_TOKENS = 240
 
 
-def bodies(max_tokens: int = 160, num_streams: int = NUM_STREAMS) -> list[dict[str, Any]]:
+def bodies(max_tokens: int = MAX_TOKENS, num_streams: int = NUM_STREAMS) -> list[dict[str, Any]]:
     """Long enough to be in the middle when the fault comes."""
     common = {"max_tokens": max_tokens, "ignore_eos": True}
     stories = [

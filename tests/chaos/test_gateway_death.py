@@ -13,8 +13,8 @@ import aiohttp
 import httpx2 as httpx
 import pytest
 
-from tests.chaos.live_streams import bodies
-from tests.cluster import read_streams, running_cluster, wait_until
+from tests.chaos.live_streams import MAX_TOKENS, bodies
+from tests.cluster import are_in_midst, read_streams, running_cluster, wait_until
 
 pytestmark = pytest.mark.chaos
 
@@ -61,10 +61,10 @@ async def _until_cut(url: str, clients: list[Client], gateway_pid: int) -> None:
     async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
         started = zip(clients, bodies(num_streams=NUM_STREAMS), strict=True)
         tasks = [asyncio.create_task(stream(client, body)) for client, body in started]
-        for _ in range(1200):
-            if all(len(client.token_ids) >= 3 for client in clients):
+        for _ in range(12000):
+            if are_in_midst([len(client.token_ids) for client in clients], [MAX_TOKENS] * NUM_STREAMS, after_tokens=3):
                 break
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.005)
         os.kill(gateway_pid, signal.SIGKILL)
         ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(end, aiohttp.ClientError) for end in ends), f"a stream ended before the kill: {ends}"

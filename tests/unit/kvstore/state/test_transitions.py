@@ -22,12 +22,12 @@ def test_every_state_reaches_a_final_one(state: RequestState) -> None:
     assert reached & FINAL_STATES
 
 
-@pytest.mark.parametrize("state", FINAL_STATES)
+@pytest.mark.parametrize("state", sorted(FINAL_STATES))
 def test_a_final_state_never_changes(state: RequestState) -> None:
     assert TRANSITIONS[state] == {}
 
 
-@pytest.mark.parametrize("state", set(RequestState) - FINAL_STATES)
+@pytest.mark.parametrize("state", sorted(set(RequestState) - FINAL_STATES))
 def test_cancel_and_deadline_end_whatever_is_not_final(state: RequestState) -> None:
     assert advance(state, Event.CANCELLED) is RequestState.CANCELLED
     assert advance(state, Event.DEADLINE_PASSED) is RequestState.EXPIRED
