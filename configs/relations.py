@@ -84,8 +84,18 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
             f"Flower on {flower.host} without a password lets anybody there revoke tasks and stop workers",
             "a loopback address, or flower.basic_auth=user:password",
         )
+    if kv.direct == "on" and transfer.protocol != "rdma":
+        fault("kv.direct", f"is on, and transfer.protocol is {transfer.protocol}", "transfer.protocol=rdma, or auto")
+    if kv.direct == "on" and kv.bounce_bytes:
+        fault("kv.bounce_bytes", "would not be used: kv.direct is on", "0, or kv.direct=off")
     for role in ("prefill", "decode"):
         sizes = getattr(settings, role)
+        if kv.direct == "on" and sizes.tensor_parallel_size > 1:
+            fault(
+                "kv.direct",
+                f"{role}.tensor_parallel_size is {sizes.tensor_parallel_size}, and ranks share the KV region itself",
+                "auto, or one rank",
+            )
         if kv.bounce_bytes and sizes.tensor_parallel_size > 1:
             fault(
                 "kv.bounce_bytes",

@@ -50,6 +50,14 @@ class KVSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             "CPU takes the way of a GPU, which is slower: for tests.",
         ),
     ] = 0
+    direct: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="With `transfer.protocol: rdma` peers write KV where it lies on a GPU, without `bounce_bytes`. "
+            "`auto`: where that is given and the device is a GPU. `off`: through host memory. `on`: demand it; on a "
+            "CPU private memory takes the way of a GPU's: for tests.",
+        ),
+    ] = "auto"
     enable_prefix_caching: Annotated[bool, Meta(description="Find full blocks of earlier prompts again.")] = True
     eviction: Annotated[Literal["lru", "fifo"], Meta(description="Which cached block goes first.")] = "lru"
     swap_bytes: Annotated[

@@ -14,7 +14,7 @@ from configs import RotatingSecrets
 from configs.schema import EngineSettings, Settings, TransferSettings
 from engines.core import EngineCore
 from engines.device_kv.make import make_port
-from engines.device_kv.sizing import BounceSize
+from engines.device_kv.sizing import BounceSize, choose_direct
 from engines.device_kv.staged_blocks import StagedBlocks
 from engines.errors import ContextTooLong, DeviceUnavailable, PoolTooSmall
 from engines.factory import build_engine_model, choose_device, choose_dtype, choose_quantization
@@ -123,13 +123,21 @@ def build_engine(
             block_bytes=block_bytes,
             max_model_len=max_model_len,
         )
-    bounce = BounceSize.choose(
-        settings.kv.bounce_bytes,
+    is_direct = choose_direct(
+        settings.kv.direct,
+        protocol=settings.transfer.protocol,
         device=device,
-        block_bytes=block_bytes,
-        block_size=settings.kv.block_size,
-        max_model_len=max_model_len,
+        bounce_bytes=settings.kv.bounce_bytes,
     )
+    bounce = None
+    if not is_direct:
+        bounce = BounceSize.choose(
+            settings.kv.bounce_bytes,
+            device=device,
+            block_bytes=block_bytes,
+            block_size=settings.kv.block_size,
+            max_model_len=max_model_len,
+        )
     graphs = choose_graphs(settings.engine.cuda_graphs, device)
     region = KVTensor.create(
         model_config,
@@ -138,14 +146,16 @@ def build_engine(
         dtype=dtype,
         device=device,
         num_slots=0 if bounce is None else bounce.num_slots,
+        is_direct=is_direct,
     )
-    start_touching(region.shared)
+    if not is_direct:
+        start_touching(region.shared)
     if parallel is not None:
-        if region.is_bounced:
+        if region.is_apart:
             raise DeviceUnavailable(
-                asked=f"kv.bounce_bytes with tensor_parallel_size={parallel.num_ranks}",
+                asked=f"kv.{'direct' if is_direct else 'bounce_bytes'} with tensor_parallel_size={parallel.num_ranks}",
                 why="ranks share the KV region itself",
-                hint="Set `kv.bounce_bytes: 0`, or one rank.",
+                hint=f"Set `kv.{'direct: off' if is_direct else 'bounce_bytes: 0'}`, or one rank.",
             )
         parallel.start(config, region.shared, device=device)
     pool = BlockPool(num_blocks)
@@ -159,7 +169,7 @@ def build_engine(
     node = make_port(
         KVNode(
             incarnation=config.incarnation,
-            region=region.shared,
+            region=region.served,
             secret=RotatingSecrets(settings, config.secret),
             compat=compat_of(folder, digest, weights_form(settings.engine)),
             layout=kv_layout(model_config, settings, str(dtype).removeprefix("torch.")),
@@ -287,12 +297,12 @@ def _tiers(settings: Settings, node: str, region: KVTensor, fingerprint: str) ->
         if kv.disk_cache_bytes:
             raise TierError(what="kv.disk_cache_bytes without kv.host_cache_bytes", expected="both, or none")
         return None
-    disk, block_bytes = None, region.shared.block_bytes
+    disk, block_bytes = None, region.served.block_bytes
     if kv.disk_cache_bytes:
         folder = Path(kv.disk_cache_dir or Path(settings.run_dir) / "kv-cache") / node
         disk = DiskTier(folder, fingerprint=fingerprint, max_bytes=kv.disk_cache_bytes, block_bytes=block_bytes)
     host = HostTier(kv.host_cache_bytes, block_bytes)
-    if not region.is_bounced:
+    if not region.is_apart:
         return TieredStore(host, disk, pages=region.shared.block)
     staged = StagedBlocks(region.kv)
     return TieredStore(host, disk, pages=staged.read, landed=staged.write_back)

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engines.device_kv.gates import Gate, blocking_event, gate_of
 from engines.kv_region import KVTensor
 from kvstore.native.pages import Pages
 from kvstore.transport import KVRegion
 
 Pairs = Sequence[tuple[int, int]]
-Gate = torch.cuda.Event | None  # what a copy waits for
 
 
 class Copies(Protocol):
@@ -83,11 +83,7 @@ class TensorCopies:
         self._loading = _stream(kv.device) if is_gpu else None
 
     def gate(self) -> Gate:
-        if self._saving is None:
-            return None
-        event = _event()
-        event.record(torch.cuda.current_stream(self._kv.device))
-        return event
+        return gate_of(self._kv.device)
 
     def save(self, gate: Gate, pairs: Pairs, lo: int, hi: int) -> None:
         # A slice of layers is contiguous in one block only; whole blocks that follow each other are one run.
@@ -113,7 +109,7 @@ class TensorCopies:
             for source, i, target, j, num in runs:
                 target[j : j + num, lo:hi].copy_(source[i : i + num, lo:hi], non_blocking=True)
             if stream is not None:
-                done = _event()
+                done = blocking_event()
                 done.record(stream)
                 done.synchronize()
 
@@ -135,8 +131,3 @@ def merged(pairs: Pairs) -> list[tuple[int, int, int]]:
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _event() -> torch.cuda.Event:
-    """One that a thread sleeps on; without `blocking` it would spin."""
-    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

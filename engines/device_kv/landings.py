@@ -11,7 +11,8 @@ from engines.device_kv.slot_pool import Direction, SlotPool
 from kvstore.transport import Arrived, BlocksFree
 
 if TYPE_CHECKING:
-    from engines.device_kv.copies import Copies, Gate
+    from engines.device_kv.copies import Copies
+    from engines.device_kv.gates import Gate
     from engines.device_kv.lane import Lane
 
 

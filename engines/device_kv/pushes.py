@@ -16,7 +16,8 @@ from engines.device_kv.slot_pool import Direction, SlotPool
 from kvstore.blocks import OutOfBlocks
 
 if TYPE_CHECKING:
-    from engines.device_kv.copies import Copies, Gate
+    from engines.device_kv.copies import Copies
+    from engines.device_kv.gates import Gate
     from engines.device_kv.lane import Lane
 
 Pairs = list[tuple[int, int]]

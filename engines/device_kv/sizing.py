@@ -1,4 +1,4 @@
-"""How large a bounce region is."""
+"""Whether KV moves by its own addresses, and else how large a bounce region is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from engines.errors import BounceTooSmall
 
 AUTOMATIC_CONTEXTS: Final = 4  # transfers of the largest size at the same time
 AUTOMATIC_MAX_BYTES: Final = 2 << 30  # pinned memory is memory that nobody else gets
+
+
+def choose_direct(setting: str, *, protocol: str, device: str, bounce_bytes: int) -> bool:
+    """Whether rdma writes KV where it lies, on a GPU or in private memory of the host.
+
+    Args:
+        setting: `kv.direct`. auto: on a GPU, where rdma is the only protocol and nobody asks for a bounce region. on:
+            also on a CPU; what does not go with it is refused with the settings (`configs/relations.py`).
+    """
+    if setting == "auto":
+        return protocol == "rdma" and device != "cpu" and not bounce_bytes
+    return setting == "on"
 
 
 @dataclass(frozen=True, slots=True)

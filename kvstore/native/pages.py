@@ -69,10 +69,26 @@ class CellDigests:
         return memoryview(self.digests).cast("B")[: 8 * num_places * self.num_layers]
 
 
-class PageOps(Protocol):
-    """All three raise ValueError, before a byte is touched: a block, layer or place out of bounds."""
+class PageHashes(Protocol):
+    """Both raise ValueError, before a byte is touched: a block, layer or place out of bounds."""
 
     name: str
+
+    def hash(self, own: Pages, blocks: Blocks, *, first: int, lo: int, hi: int, cells: CellDigests) -> None:
+        """Digests of layers [lo, hi) of `blocks`, which are the places from `first` on."""
+        ...
+
+    def fill(self, own: Pages, blocks: Blocks, *, cells: CellDigests, start: int, max_bytes: int) -> int:
+        """Hash what has no digest of the block that should be at its place, `blocks` in order from place 0.
+
+        Goes on from cell `start` until about `max_bytes` were hashed. Returns the next cell; all are done when that
+        is `len(blocks) * num_layers`.
+        """
+        ...
+
+
+class PageOps(PageHashes, Protocol):
+    """`copy` raises as the others do."""
 
     def copy(
         self,
@@ -87,18 +103,6 @@ class PageOps(Protocol):
         cells: CellDigests | None,
     ) -> None:
         """Layers [lo, hi) of own blocks to blocks of the peer; with `cells` the digests of places `first` on, too."""
-        ...
-
-    def hash(self, own: Pages, blocks: Blocks, *, first: int, lo: int, hi: int, cells: CellDigests) -> None:
-        """Digests of layers [lo, hi) of `blocks`, which are the places from `first` on."""
-        ...
-
-    def fill(self, own: Pages, blocks: Blocks, *, cells: CellDigests, start: int, max_bytes: int) -> int:
-        """Hash what has no digest of the block that should be at its place, `blocks` in order from place 0.
-
-        Goes on from cell `start` until about `max_bytes` were hashed. Returns the next cell; all are done when that
-        is `len(blocks) * num_layers`.
-        """
         ...
 
 
@@ -168,8 +172,8 @@ class PythonPages:
         hi: int,
         cells: CellDigests | None,
     ) -> None:
-        _check(own, sources, first, lo, hi, cells)
-        _check(peer, targets, first, lo, hi, cells)
+        check_bounds(own, sources, first, lo, hi, cells)
+        check_bounds(peer, targets, first, lo, hi, cells)
         if len(sources) != len(targets) or (own.num_layers, own.layer_bytes) != (peer.num_layers, peer.layer_bytes):
             raise _out_of_bounds(sources, first, lo, hi)
         num_bytes = (hi - lo) * own.layer_bytes
@@ -179,7 +183,7 @@ class PythonPages:
             self.hash(own, sources, first=first, lo=lo, hi=hi, cells=cells)
 
     def hash(self, own: Pages, blocks: Blocks, *, first: int, lo: int, hi: int, cells: CellDigests) -> None:
-        _check(own, blocks, first, lo, hi, cells)
+        check_bounds(own, blocks, first, lo, hi, cells)
         for place, block in enumerate(blocks, first):
             for layer in range(lo, hi):
                 cell = place * own.num_layers + layer
@@ -188,7 +192,7 @@ class PythonPages:
                 cells.sources[cell] = block
 
     def fill(self, own: Pages, blocks: Blocks, *, cells: CellDigests, start: int, max_bytes: int) -> int:
-        _check(own, blocks, 0, 0, own.num_layers, cells)
+        check_bounds(own, blocks, 0, 0, own.num_layers, cells)
         for cell in range(start, len(blocks) * own.num_layers):
             place, layer = divmod(cell, own.num_layers)
             if cells.sources[cell] == blocks[place]:
@@ -228,7 +232,8 @@ def _address(pages: Pages, block: int, layer: int) -> int:
     return pages.address + (block * pages.num_layers + layer) * pages.layer_bytes
 
 
-def _check(pages: Pages, blocks: Blocks, first: int, lo: int, hi: int, cells: CellDigests | None) -> None:
+def check_bounds(pages: Pages, blocks: Blocks, first: int, lo: int, hi: int, cells: CellDigests | None) -> None:
+    """Raises ValueError: a block is not of `pages`, or a place not of `cells`, or these are no layers."""
     is_sound = all(0 <= block < pages.num_blocks for block in blocks) and 0 <= lo < hi <= pages.num_layers
     last_cell = (first + len(blocks)) * pages.num_layers
     if not is_sound or (cells is not None and not 0 <= first * pages.num_layers <= last_cell <= len(cells.sources)):

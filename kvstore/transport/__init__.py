@@ -21,6 +21,7 @@ from kvstore.transport.events import (
     SourceFree,
 )
 from kvstore.transport.frames import FETCH_PREFIX
+from kvstore.transport.memory import MemoryKind, PageMemory
 from kvstore.transport.node import KVNode
 from kvstore.transport.port import KVPort
 from kvstore.transport.region import KVRegion
@@ -43,7 +44,9 @@ __all__ = [
     "KVNode",
     "KVPort",
     "KVRegion",
+    "MemoryKind",
     "OverdueWriter",
+    "PageMemory",
     "PushFailed",
     "Refused",
     "RegionError",

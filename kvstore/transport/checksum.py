@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from kvstore.native.pages import CellDigests
-from kvstore.transport.region import KVRegion
+from kvstore.transport.memory import PageMemory
 
 
 class TransferChecksum:
@@ -31,7 +31,7 @@ class TransferChecksum:
         self._hash = xxhash.xxh3_64(msgspec.msgpack.encode((xfer, epoch, num_tokens, state)))
         self._cells = cells
 
-    def update(self, region: KVRegion, block_ids: Sequence[int], slice_bytes: int) -> Iterator[None]:
+    def update(self, region: PageMemory, block_ids: Sequence[int], slice_bytes: int) -> Iterator[None]:
         """Take in these blocks, which are the places from 0 on; pauses after about `slice_bytes` that it hashed."""
         cells = self._cells or CellDigests(len(block_ids), region.num_layers)
         cell, num_cells = 0, len(block_ids) * region.num_layers

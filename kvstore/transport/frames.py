@@ -14,13 +14,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
 from kvstore.address import KVAddress
 from kvstore.reshard.layout import KVLayout
 from kvstore.transport.errors import BadFrame
+from kvstore.transport.memory import MAX_DEVICES
 
 MAGIC: Final = b"CKV1"
 VERSION: Final = 2
@@ -34,7 +35,7 @@ class FrameType(IntEnum):
     HELLO = 1  # writer -> receiver: who I am, whom I want
     CHALLENGE = 2  # <- proof that the receiver knows the secret
     PROOF = 3  # -> proof that the writer does
-    WELCOME = 4  # <- shape of the region; with shm also its memfd, with rdma its address and keys
+    WELCOME = 4  # <- shape of the region; with shm also its memfd, with rdma its address, keys and kind of memory
     REJECT = 5  # <- typed end
     HEARTBEAT = 6  # both ways
     RENEW = 7  # -> these transfers are still wanted
@@ -94,6 +95,8 @@ class Welcome(Body, frozen=True, array_like=True):
     layout: KVLayout | None = None
     address: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0  # rdma: of the region, in the receiver's process
     rdma_metadata: Annotated[bytes, msgspec.Meta(max_length=60 << 10)] = b""
+    segment: Literal["dram", "vram"] = "dram"  # rdma: whether the region is host memory or a GPU's,
+    device: Annotated[int, msgspec.Meta(ge=0, lt=MAX_DEVICES)] = 0  # and of which GPU, as the receiver counts them
 
 
 class Reject(Body, frozen=True, array_like=True):

@@ -31,6 +31,7 @@ from kvstore.transport.events import Event, FetchRequested, ReserveRequested
 from kvstore.transport.frames import FETCH_PREFIX, MAX_FETCH_KEYS, FetchBody, FrameType, frame
 from kvstore.transport.listeners import TcpListener, UnixListener
 from kvstore.transport.loop import Loop
+from kvstore.transport.memory import PageMemory
 from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.receiver import ReceiverSide
 from kvstore.transport.region import KVRegion
@@ -50,7 +51,7 @@ class KVNode:
     """One per engine process. All methods are for the engine thread.
 
     Args:
-        region: our blocks; peers write into those that are granted to them.
+        region: our blocks; peers write into those that are granted to them. Anything but a `KVRegion`: rdma only.
         secret: of the cluster; both ends of a link prove that they know it. Or what says, at each handshake, which ones
             are accepted, the current one first: secrets are rotated that way.
         compat: names all that must be equal at two workers; another one is refused at the handshake.
@@ -72,7 +73,7 @@ class KVNode:
         self,
         *,
         incarnation: str,
-        region: KVRegion,
+        region: PageMemory,
         secret: bytes | Callable[[], Sequence[bytes]],
         compat: str,
         protocols: Sequence[str] = ("shm", "tcp"),
@@ -91,6 +92,8 @@ class KVNode:
         unknown = set(protocols) - {"shm", "rdma", "tcp"}
         if unknown or not protocols:
             raise ValueError(f"transfer protocols {list(protocols)}: expected some of shm, rdma, tcp")
+        if not isinstance(region, KVRegion) and tuple(protocols) != ("rdma",):
+            raise ValueError(f"transfer protocols {list(protocols)} over memory of a device: expected rdma alone")
         rdma = _rdma_node(incarnation, region, is_needed=len(protocols) == 1) if "rdma" in protocols else None
         if rdma is None:
             protocols = [protocol for protocol in protocols if protocol != "rdma"]
@@ -408,7 +411,7 @@ def _always() -> bool:
     return True
 
 
-def _rdma_node(incarnation: str, region: KVRegion, *, is_needed: bool) -> RdmaNode | None:
+def _rdma_node(incarnation: str, region: PageMemory, *, is_needed: bool) -> RdmaNode | None:
     """None where it cannot be used and something else can: one line says why."""
     try:
         return RdmaNode(incarnation, region)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvstore.reshard.plan import Conversion, share_runs
 from kvstore.transport.errors import BadFrame
+from kvstore.transport.memory import PageMemory
 from kvstore.transport.region import KVRegion
 
 MAX_PACKED_BYTES = 64 << 20  # of a frame that is expanded; ours are of 1 MiB, or one layer group of one block
@@ -99,8 +100,26 @@ class PackedPages(SharePages):
             self._unpacker.expand(packed, block, layer_lo, layer_hi)
 
 
-def pages_of(region: KVRegion, conversion: Conversion | None) -> PeerPages:
+class FarPages:
+    """Of memory that this process only knows by its addresses: peers write it by themselves, over rdma."""
+
+    def __init__(self, memory: PageMemory) -> None:
+        self.layer_bytes = memory.layer_bytes
+
+    def views(self, blocks: Sequence[int], layer_lo: int, layer_hi: int) -> list[memoryview]:
+        raise BadFrame(reason="state", detail=f"DATA for layers {layer_lo}..{layer_hi} of {len(blocks)} blocks by rdma")
+
+    def landed(self, blocks: Sequence[int], layer_lo: int, layer_hi: int) -> None:
+        pass
+
+    def held(self, block: int) -> Iterator[list[memoryview]]:  # noqa: ARG002  (a peer holds all of it)
+        return iter(())
+
+
+def pages_of(region: PageMemory, conversion: Conversion | None) -> PeerPages:
     """For a link that converts so; None: both ends only know the size of a layer, and it is the same."""
+    if not isinstance(region, KVRegion):
+        return FarPages(region)
     if conversion is None:
         return WholePages(region)
     if conversion.is_compressed:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Final
 
 from kvstore.transport.errors import RdmaError
+from kvstore.transport.memory import HOST, MemoryKind
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +70,20 @@ def not_installed() -> RdmaError:
     return RdmaError(reason="no_rdma", detail=f"{PACKAGE} is not installed here; install celeriac[rdma]")
 
 
-def is_ended_by_us() -> bool:
-    """True if nothing of a peer can land in our pages any more once our side of its link is destroyed.
+def is_ended_by_us(kind: MemoryKind = HOST) -> bool:
+    """True if nothing of a peer can land in our pages of this kind once our side of its link is destroyed.
 
-    With RDMA our queue pair takes no more packets, over tcp only our own thread writes our pages. A value of UCX_TLS
-    may allow more than what `load_nixl` allows; then only the end of the writer's process is proof, as with shm.
+    With RDMA our queue pair takes no more packets, over tcp only our own thread writes our pages. Memory of a GPU is
+    also mapped by writers on this host, which copy by themselves (cuda_ipc, also over NVLink), unless UCX_TLS excludes
+    it; memory of the host cannot be. And a value of UCX_TLS may allow more than what `load_nixl` allows. Then only the
+    end of the writer's process is proof, as with shm.
     """
     value = os.environ.get("UCX_TLS", "")
-    allowed = set(value.lstrip("^").split(","))
-    copying = {*COPIES_BY_THE_WRITER, "cuda_ipc"}
+    named = set(value.lstrip("^").split(","))
     if value.startswith("^"):
-        return allowed.issuperset(COPIES_BY_THE_WRITER)
-    return bool(value) and not allowed & {*copying, "all", "sm", "shm", "cuda"}
+        is_mapped = kind.segment == "vram" and not named & {"cuda_ipc", "cuda"}
+        return not is_mapped and named.issuperset(COPIES_BY_THE_WRITER)
+    return bool(value) and not named & {*COPIES_BY_THE_WRITER, "cuda_ipc", "all", "sm", "shm", "cuda"}
 
 
 def load_nixl() -> ModuleType:
@@ -92,6 +95,7 @@ def load_nixl() -> ModuleType:
     if not has_device():
         # Its modules for InfiniBand crash when the interpreter ends, and nobody needs them here.
         os.environ.setdefault("UCX_MODULES", "^ib,ib_mlx5")
+    # All others may be used, so with memory of a GPU also cuda_copy and cuda_ipc.
     os.environ.setdefault("UCX_TLS", "^" + ",".join(COPIES_BY_THE_WRITER))
     os.environ.setdefault("UCX_LOG_LEVEL", "error")
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # else it prints on stdout

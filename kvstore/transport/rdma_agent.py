@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from kvstore.transport.errors import RdmaError
-from kvstore.transport.region import KVRegion
+from kvstore.transport.memory import MemoryKind, PageMemory
 
 BACKEND: Final = "UCX"
 MAX_DESCRIPTORS: Final = 1024  # per call; more of them fail in some versions, and stall the thread in all
@@ -30,9 +30,10 @@ Run = tuple[int, int, int]  # our address, the peer's address, bytes
 class RdmaAgent:
     """For one thread, but NIXL's own. `metadata` is what a writer needs to reach the region."""
 
-    def __init__(self, nixl: ModuleType, name: str, region: KVRegion) -> None:
+    def __init__(self, nixl: ModuleType, name: str, region: PageMemory) -> None:
         """Raises RdmaError: UCX finds no transport, or the region cannot be registered (locked memory, `ulimit -l`)."""
         self._nixl = nixl
+        self._own = self._peer_kind = region.kind
         self._peer = ""
         self._posted: set[int] = set()
         config = nixl.nixlAgentConfig()
@@ -40,15 +41,16 @@ class RdmaAgent:
         try:
             self._agent: Any = nixl.nixlAgent(name, config)
             self._backends = [self._agent.createBackend(BACKEND, {"ucx_error_handling_mode": "peer"})]
-            memory = nixl.nixlRegDList(nixl.DRAM_SEG, [(region.address, region.num_bytes, 0, "")])
+            own = [(region.address, region.num_bytes, region.kind.device, "")]
+            memory = nixl.nixlRegDList(self._segment(region.kind), own)
             self._agent.registerMem(memory, self._backends)
             self.metadata = bytes(self._agent.getLocalMD())
         except Exception as error:  # NIXL's errors have no common base but this
             self._agent = None
             raise RdmaError(reason="no_rdma", detail=f"no agent over {region.num_bytes} bytes: {error}") from error
 
-    def connect(self, metadata: bytes) -> None:
-        """Take in a receiver's `metadata`. The first write makes the connection.
+    def connect(self, metadata: bytes, kind: MemoryKind) -> None:
+        """Take in a receiver's `metadata`; its pages are memory of this `kind`. The first write makes the connection.
 
         Raises:
             RdmaError: it is not metadata, or no transport reaches that peer.
@@ -56,7 +58,7 @@ class RdmaAgent:
         if not 0 < len(metadata) <= MAX_METADATA_BYTES:
             raise RdmaError(reason="no_rdma", detail=f"the peer's metadata has {len(metadata)} bytes")
         try:
-            self._peer = self._agent.loadRemoteMD(metadata).decode()
+            self._peer, self._peer_kind = self._agent.loadRemoteMD(metadata).decode(), kind
         except Exception as error:
             raise RdmaError(reason="no_rdma", detail=f"the peer cannot be reached: {error}") from error
 
@@ -67,10 +69,10 @@ class RdmaAgent:
             RdmaError: the peer is gone, or its region does not hold these addresses.
         """
         assert len(runs) <= MAX_DESCRIPTORS
-        nixl, agent = self._nixl, self._agent
+        nixl, agent, near, far = self._nixl, self._agent, self._own, self._peer_kind
         try:
-            own = nixl.nixlXferDList(nixl.DRAM_SEG, [(src, num_bytes, 0) for src, _, num_bytes in runs])
-            peer = nixl.nixlXferDList(nixl.DRAM_SEG, [(dst, num_bytes, 0) for _, dst, num_bytes in runs])
+            own = nixl.nixlXferDList(self._segment(near), [(src, size, near.device) for src, _, size in runs])
+            peer = nixl.nixlXferDList(self._segment(far), [(dst, size, far.device) for _, dst, size in runs])
             handle = int(agent.createXferReq(nixl.NIXL_WRITE, own, peer, self._peer, "", self._backends))
             self._posted.add(handle)
             agent.postXferReq(handle)
@@ -105,3 +107,7 @@ class RdmaAgent:
                 continue
         self._posted.clear()
         del agent  # the only reference: NIXL joins its thread and closes its queue pairs here
+
+    def _segment(self, kind: MemoryKind) -> object:
+        """NIXL's name for a kind of memory."""
+        return self._nixl.VRAM_SEG if kind.segment == "vram" else self._nixl.DRAM_SEG

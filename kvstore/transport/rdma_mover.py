@@ -16,10 +16,10 @@ from typing import Final
 
 from kvstore.clock import Clock
 from kvstore.transport.errors import RdmaError
+from kvstore.transport.memory import PageMemory
 from kvstore.transport.movers import SLICE_BYTES, Pairs
 from kvstore.transport.pacer import Pacer
 from kvstore.transport.rdma_agent import MAX_DESCRIPTORS, RdmaAgent, Run
-from kvstore.transport.region import KVRegion
 from kvstore.transport.transfers import Transfer, XferState
 
 WINDOW_BYTES: Final = 32 << 20  # posted per link: more would only delay the end of a transfer that is abandoned
@@ -51,7 +51,7 @@ class RdmaMover:
     def __init__(
         self,
         agent: RdmaAgent,
-        own: KVRegion,
+        own: PageMemory,
         *,
         peer_address: int,
         pacer: Pacer,

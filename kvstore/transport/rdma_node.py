@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from kvstore.transport.errors import RdmaError
+from kvstore.transport.memory import PageMemory
 from kvstore.transport.pacer import Pacer
 from kvstore.transport.rdma import is_ended_by_us, load_nixl, nixl_version
 from kvstore.transport.rdma_agent import RdmaAgent
-from kvstore.transport.region import KVRegion
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class RdmaNode:
         is_proof: ending our side of a link proves that nothing more lands (see `is_ended_by_us`).
     """
 
-    def __init__(self, incarnation: str, region: KVRegion) -> None:
+    def __init__(self, incarnation: str, region: PageMemory) -> None:
         """Loads NIXL and makes a first agent, which takes UCX half a second and shows what is wrong.
 
         Raises:
@@ -35,7 +35,7 @@ class RdmaNode:
         """
         self._nixl = load_nixl()
         self.version = nixl_version()
-        self.is_proof = is_ended_by_us()
+        self.is_proof = is_ended_by_us(region.kind)
         self._incarnation = incarnation
         self._region = region
         self._num_agents = 0

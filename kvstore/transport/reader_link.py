@@ -137,7 +137,8 @@ class ReaderLink:
         shape = Welcome(region.num_blocks, region.num_layers, region.layer_bytes, self._context.layout)
         if self.protocol == "rdma":
             shape = self._with_agent(shape)
-        self._connection.send(frame(FrameType.WELCOME, shape), fds=(region.fd,) if self.protocol == "shm" else ())
+        fds = (self._context.shared.fd,) if self.protocol == "shm" else ()
+        self._connection.send(frame(FrameType.WELCOME, shape), fds=fds)
         self._connection.is_greeting = False
 
     def _with_agent(self, shape: Welcome) -> Welcome:
@@ -147,7 +148,13 @@ class ReaderLink:
         if self.is_converted:
             raise RdmaError(reason="no_rdma", detail="pages of another layout are converted over shm and tcp only")
         self._agent = rdma.take_agent()
-        return msgspec.structs.replace(shape, address=region.address, rdma_metadata=self._agent.metadata)
+        return msgspec.structs.replace(
+            shape,
+            address=region.address,
+            rdma_metadata=self._agent.metadata,
+            segment=region.kind.segment,
+            device=region.kind.device,
+        )
 
     # ---------------------------------------------------------------- use
     @property

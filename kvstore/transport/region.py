@@ -17,6 +17,7 @@ from functools import cached_property
 
 from kvstore.native.pages import PageOps, Pages, page_ops
 from kvstore.transport.errors import RegionError
+from kvstore.transport.memory import HOST
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -30,6 +31,8 @@ class KVRegion:
         address: of the first byte, in this process.
         pages: the same for `kvstore.native`.
     """
+
+    kind = HOST
 
     def __init__(self, fd: int, *, num_blocks: int, num_layers: int, layer_bytes: int) -> None:
         """Map `fd`, which must be at least as large as the blocks. Owns `fd` from here on."""

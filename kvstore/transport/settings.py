@@ -14,6 +14,7 @@ from kvstore.clock import Clock
 from kvstore.reshard.layout import KVLayout
 from kvstore.transport.estimator import LinkEstimates
 from kvstore.transport.events import Event
+from kvstore.transport.memory import PageMemory
 from kvstore.transport.rdma_node import RdmaNode
 from kvstore.transport.region import KVRegion
 from kvstore.transport.tls import Tls
@@ -54,7 +55,7 @@ class NodeContext:
     """One per `KVNode`. `counters` and `rejects` are written by the `kv` thread only."""
 
     incarnation: str
-    region: KVRegion
+    region: PageMemory
     secrets: Callable[[], Sequence[bytes]]  # all that are accepted, the current one first; asked at each handshake
     compat: str
     protocols: tuple[str, ...]
@@ -70,6 +71,12 @@ class NodeContext:
     counters: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     _logged_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> KVRegion:
+        """The region of a node that also speaks shm or tcp."""
+        assert isinstance(self.region, KVRegion), "a node over other memory has rdma only"
+        return self.region
 
     def reject(self, reason: str, detail: object, *, peer: str = "") -> None:
         """Count a refusal; log it at most once a minute per reason."""

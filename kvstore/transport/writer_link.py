@@ -24,6 +24,7 @@ from kvstore.transport.connection import Connection
 from kvstore.transport.errors import BadFrame, HandshakeRefused, RdmaError, TransportError
 from kvstore.transport.frames import Challenge, DataHeader, FrameType, Reject, Welcome, frame, parse_body
 from kvstore.transport.handshake import WriterHandshake, conversion_of
+from kvstore.transport.memory import MemoryKind
 from kvstore.transport.movers import ConvertingMover, Mover, ShmMover, TcpMover
 from kvstore.transport.rdma_mover import RdmaMover
 from kvstore.transport.region import KVRegion
@@ -204,13 +205,13 @@ class WriterLink:
         if conversion is not None and not is_plain:
             if connection.protocol == "rdma":
                 raise RdmaError(reason="no_rdma", detail="KV of another layout is converted for shm and tcp only")
-            self.mover = self.converter = _converter(region, self._peer_region, connection, conversion)
+            self.mover = self.converter = _converter(self._context.shared, self._peer_region, connection, conversion)
         elif self._peer_region is not None:
-            self.mover = ShmMover(region, self._peer_region, connection)
+            self.mover = ShmMover(self._context.shared, self._peer_region, connection)
         elif connection.protocol == "rdma":
             self.mover = self._rdma_mover(welcome)
         else:
-            self.mover = TcpMover(region, connection)
+            self.mover = TcpMover(self._context.shared, connection)
         connection.is_greeting = False
         connection.last_heard_s = self._context.clock()  # registering for rdma may have taken longer than silence may
         self.num_peer_blocks = welcome.num_blocks
@@ -223,7 +224,7 @@ class WriterLink:
         assert context.rdma is not None  # or it were no candidate
         agent = context.rdma.take_agent()
         try:
-            agent.connect(welcome.rdma_metadata)
+            agent.connect(welcome.rdma_metadata, MemoryKind(welcome.segment, welcome.device))
         except RdmaError:
             agent.destroy()
             raise

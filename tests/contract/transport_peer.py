@@ -1,7 +1,8 @@
 """The other process of the transport tests: a writer or a receiver that is told over stdin what to do.
 
     python -m tests.contract.transport_peer <writer|receiver> <protocol> <run dir> [target address as JSON]
-As `bounced-writer` or `bounced-receiver` its KV lies apart from what peers can map, as `cuda-writer` on a GPU.
+As `bounced-writer` or `bounced-receiver` its KV lies apart from what peers can map, as `cuda-writer` on a GPU; as
+`direct-writer`, `direct-receiver` or `directcuda-writer` rdma moves such KV by its own addresses.
 Prints its address (receiver), then one line per event: the name of its class.
 """
 
@@ -52,8 +53,10 @@ def main() -> None:
 
 
 def make_node(role: str, protocol: str, run_dir: str) -> KVPort:
-    """All bytes of its KV are 7; where it is bounced they are a pattern."""
+    """All bytes of its KV are 7; where it is bounced or direct they are a pattern."""
     kind = role.partition("-")[0]
+    if kind.startswith("direct"):
+        return make_direct_node(role, protocol, run_dir, kind.removeprefix("direct") or "cpu")
     is_bounced = kind in ("bounced", "cuda")
     num_blocks = 2 * NUM_BLOCKS if is_bounced else NUM_BLOCKS
     region = KVRegion.create(num_blocks, NUM_LAYERS, LAYER_BYTES)
@@ -68,6 +71,20 @@ def make_node(role: str, protocol: str, run_dir: str) -> KVPort:
     device = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES, "cpu" if kind == "bounced" else kind)
     device.fill_with_pattern()
     return bounced(node, region, device)
+
+
+def make_direct_node(role: str, protocol: str, run_dir: str, device: str) -> KVPort:
+    from engines.device_kv.device_region import DeviceRegion  # torch: only where it is needed
+    from tests.contract.bounced_end import DeviceBytes
+    from tests.contract.direct_end import direct
+
+    kv = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES, device)
+    kv.fill_with_pattern()
+    region = DeviceRegion(kv.kv)
+    node = KVNode(
+        incarnation=f"{role}-child", region=region, secret=SECRET, compat=COMPAT, protocols=(protocol,), run_dir=run_dir
+    )
+    return direct(node, kv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.transport import rdma
 from kvstore.transport.errors import RdmaError
+from kvstore.transport.memory import MemoryKind
 from kvstore.transport.rdma import is_ended_by_us, usable_protocols
 
 
@@ -77,3 +78,22 @@ def test_ending_our_side_is_proof_only_where_no_writer_copies_by_itself(
 ) -> None:
     monkeypatch.setenv("UCX_TLS", value)
     assert is_ended_by_us() is is_proof
+
+
+@pytest.mark.parametrize(
+    ("value", "is_proof"),
+    [
+        ("^cma,knem,xpmem", False),
+        ("^cma,knem,xpmem,cuda_ipc", True),
+        ("^cma,knem,xpmem,cuda", True),
+        ("^cma,cuda_ipc", False),
+        ("rc,cuda_copy", True),
+        ("rc,cuda_copy,cuda_ipc", False),
+        ("rc,cuda", False),
+    ],
+)
+def test_memory_of_a_gpu_is_also_written_by_peers_that_map_it(
+    monkeypatch: pytest.MonkeyPatch, value: str, is_proof: bool
+) -> None:
+    monkeypatch.setenv("UCX_TLS", value)
+    assert is_ended_by_us(MemoryKind("vram", 0)) is is_proof
