@@ -18,8 +18,9 @@ from tests.contract.test_transport_death import (
     test_a_writer_that_closes_gives_the_blocks_back_within_a_second,
     test_kill_mid_push_frees_the_blocks_at_once,
 )
-from tests.contract.transport_helpers import Child
+from tests.contract.transport_helpers import Child, wait_for
 from tests.contract.transport_peer import NUM_LAYERS
+from tests.stopwatch import Stopwatch
 
 __all__ = [
     "protocol",
@@ -53,11 +54,13 @@ def test_slots_of_a_silent_writer_are_not_given_to_another(end: BouncedEnd, writ
     writer.signal(signal.SIGSTOP)
     held = set(end.bounced._landings.slots_in_use)
     assert not end.sees(BlocksFree, within_s=2.5)
-    assert end.node.grants()["QUARANTINED"] == 8
+    wait_for(lambda: end.node.grants()["QUARANTINED"] == 8, what="quarantine")
     assert set(end.bounced._landings.slots_in_use) == held
     assert end.bounced._slots.num_free == end.bounced._slots.num_slots - 8
-    writer.signal(signal.SIGKILL)
-    assert end.wait(BlocksFree, timeout_s=NOTICED_S).blocks == tuple(range(10, 18))
+    with Stopwatch() as watch:
+        writer.signal(signal.SIGKILL)
+        assert end.wait(BlocksFree).blocks == tuple(range(10, 18))
+    watch.assert_within(NOTICED_S)
 
 
 @pytest.mark.parametrize("way", ["killed", "closed"])
@@ -70,9 +73,11 @@ def test_a_receiver_that_is_gone_gives_the_writer_its_slots_back(
         for _ in range(50):
             end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
         time.sleep(0.01)
-        if way == "killed":
-            child.signal(signal.SIGKILL)
-        else:
-            child.tell("")
-        assert end.wait(PushFailed, timeout_s=NOTICED_S).reason.startswith("channel_lost")
+        with Stopwatch() as watch:
+            if way == "killed":
+                child.signal(signal.SIGKILL)
+            else:
+                child.tell("")
+            assert end.wait(PushFailed).reason.startswith("channel_lost")
+        watch.assert_within(NOTICED_S)
         assert end.bounced._pushes.slots_in_use == []

@@ -163,7 +163,7 @@ def test_nothing_of_a_killed_writer_lands_after_its_pages_came_back(tmp_path: Pa
             child.tell("push")
             time.sleep(0.1)
             child.signal(signal.SIGKILL)
-            assert end.wait(BlocksFree, timeout_s=2.0).blocks == tuple(range(10, 18))
+            assert end.wait(BlocksFree).blocks == tuple(range(10, 18))
             assert _stays(end, range(10, 18), for_s=0.5)
     finally:
         end.close()
@@ -179,7 +179,7 @@ def test_nothing_lands_in_a_receiver_that_was_stopped_after_it_has_closed_the_li
             child.signal(signal.SIGSTOP)
             for _ in range(40):
                 end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
-            end.wait(PushFailed, timeout_s=5)
+            end.wait(PushFailed)
             end.region.buffer[:] = bytes(end.region.num_bytes)  # ours again: nobody reads it any more
             child.signal(signal.SIGCONT)
             assert child.read_event() == "ReserveRequested"

@@ -65,7 +65,7 @@ def make_end(tmp_path: Path) -> Iterator[MakeEnd]:
 def refusal(writer: End, reader: End) -> tuple[str, dict[str, int]]:
     """Why the writer got no grant, and what the reader counted."""
     writer.reserve(reader.address, "w:1", 1)
-    reason = writer.wait(GrantRefused, timeout_s=3).reason
+    reason = writer.wait(GrantRefused).reason
     for _ in range(100):
         if reader.node.rejects():
             break

@@ -30,6 +30,14 @@ PROTOCOLS = ("shm", "tcp", pytest.param("rdma", marks=needs_nixl))
 E = TypeVar("E", bound=Event)
 
 
+def wait_for(claim: Callable[[], object], *, what: str, timeout_s: float = 10.0) -> None:
+    """Poll `claim` until it holds."""
+    ends_s = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < ends_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
+
+
 class End:
     """One node, its region, and all events so far."""
 

@@ -12,8 +12,10 @@ import pytest
 from engines.errors import DeviceUnavailable
 from tests.cluster import TINY_CHAT, Cluster, running_cluster, wait_until
 from tests.engine_pair import EnginePair
+from tests.stopwatch import Stopwatch
 
 PROMPTS = [json.loads(line)["prompt_ids"] for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()[:12]]
+NOTICED_S = 2.0  # the death of a rank or of its engine, by the other
 
 
 def answers(folder: Path, **flags: str) -> list[list[int]]:
@@ -76,11 +78,16 @@ def test_a_ranks_death_is_the_engines_death_and_nobody_elses(tmp_path: Path, exp
         assert cluster.complete_ids(PROMPTS[0], 24, ignore_eos=True) == expected[0]
         engine = engine_pid(cluster, "decode")
         (rank,) = ranks_of(engine)
-        os.kill(rank, signal.SIGKILL)
-        wait_until(lambda: has_ended(engine), timeout_s=2, what="the engine ends with its rank")
+        with Stopwatch() as watch:
+            os.kill(rank, signal.SIGKILL)
+            wait_until(lambda: has_ended(engine), timeout_s=30, what="the engine ends with its rank")
+        watch.assert_within(NOTICED_S)
         wait_until(lambda: engine_pid(cluster, "decode") not in (0, engine), timeout_s=60, what="another engine")
         assert cluster.complete_ids(PROMPTS[0], 24, ignore_eos=True) == expected[0]
 
         (rank,) = ranks_of(engine_pid(cluster, "decode"))
-        os.kill(engine_pid(cluster, "decode"), signal.SIGKILL)
-        wait_until(lambda: has_ended(rank), timeout_s=2, what="the rank ends with its engine")
+        engine = engine_pid(cluster, "decode")
+        with Stopwatch() as watch:
+            os.kill(engine, signal.SIGKILL)
+            wait_until(lambda: has_ended(rank), timeout_s=30, what="the rank ends with its engine")
+        watch.assert_within(NOTICED_S)
