@@ -243,7 +243,7 @@ def test_nothing_of_a_killed_writer_lands_after_its_pages_came_back(tmp_path: Pa
             child.tell("push")
             time.sleep(0.1)
             child.signal(signal.SIGKILL)
-            assert end.wait(BlocksFree, timeout_s=2.0).blocks == tuple(range(10, 18))
+            assert end.wait(BlocksFree).blocks == tuple(range(10, 18))
             end.region.kv[10:18] = 0  # type: ignore[attr-defined]
             time.sleep(0.3)
             assert not end.region.kv[10:18].any()  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ def test_a_receiver_that_is_gone_fails_the_push(tmp_path: Path, way: str) -> Non
                 child.signal(signal.SIGKILL)
             else:
                 child.tell("")
-            assert end.wait(PushFailed, timeout_s=2.0).reason.startswith("channel_lost")
+            assert end.wait(PushFailed).reason.startswith("channel_lost")
     finally:
         end.close()
 

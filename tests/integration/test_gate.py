@@ -20,6 +20,7 @@ from tests.contract.transport_helpers import needs_nixl
 from tests.devices import needs_gpu
 
 PROMPTS = [json.loads(line) for line in (TINY_CHAT / "prompts.jsonl").read_text().splitlines()]
+ON_GPUS = ("--prefill", "1", "--decode", "1", "--set", "prefill.device=cuda", "--set", "decode.device=cuda")
 LAYOUTS = {
     "shm": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "shm"}),
     "tcp": (("--prefill", "1", "--decode", "1"), {"CELERIAC_TRANSFER__PROTOCOL": "tcp"}),
@@ -28,14 +29,24 @@ LAYOUTS = {
         ("--prefill", "1", "--decode", "1"),
         {"CELERIAC_TRANSFER__PROTOCOL": "shm", "CELERIAC_KV__BOUNCE_BYTES": "48MiB"},
     ),
+    "direct": (
+        ("--prefill", "1", "--decode", "1"),
+        {"CELERIAC_TRANSFER__PROTOCOL": "rdma", "CELERIAC_KV__DIRECT": "on"},
+    ),
     "both": (("--both", "1"), {}),
-    "cuda": (("--prefill", "1", "--decode", "1", "--set", "prefill.device=cuda", "--set", "decode.device=cuda"), {}),
+    "cuda": (ON_GPUS, {}),
+    "direct cuda": (ON_GPUS, {"CELERIAC_TRANSFER__PROTOCOL": "rdma"}),
     "speculation": (
         ("--prefill", "1", "--decode", "1"),
         {"CELERIAC_ENGINE__SPECULATION": "ngram", "CELERIAC_ENGINE__SPECULATION_MAX_SEQS": "64"},
     ),
 }
-NEEDED = {"rdma": needs_nixl, "cuda": needs_gpu}
+NEEDED = {
+    "rdma": (needs_nixl,),
+    "direct": (needs_nixl,),
+    "cuda": (needs_gpu,),
+    "direct cuda": (needs_nixl, needs_gpu),
+}
 pytestmark = pytest.mark.gate
 
 

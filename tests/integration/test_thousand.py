@@ -19,7 +19,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     return monolithic(tmp_path_factory.mktemp("one"), PROMPTS)
 
 
-@pytest.mark.parametrize("way", BUSY, ids=lambda way: way.protocol)
+@pytest.mark.parametrize("way", BUSY, ids=lambda way: way.name.partition(", write-back")[0])
 def test_disaggregated_output_equals_monolithic_output(way, tmp_path: Path, expected: list[list[int]]) -> None:  # type: ignore[no-untyped-def]
     if way.protocol == "rdma" and importlib.util.find_spec("nixl_cu12") is None:
         pytest.skip("NIXL is not installed (EXTRAS=rdma)")

@@ -33,9 +33,17 @@ WAYS = (
     Way("shm", "shm"),
     Way("tcp", "tcp"),
     Way("rdma", "rdma"),
+    Way("rdma, KV where it lies", "rdma", flags={"kv.direct": "on"}),
     Way("shm, write-back, fetching, tiers, few blocks", "shm", flags=SMALL, decode_flags=ROOMY, is_shared=True),
     Way("tcp, write-back, fetching, tiers, few blocks", "tcp", flags=SMALL, decode_flags=ROOMY, is_shared=True),
     Way("rdma, write-back, fetching, tiers, few blocks", "rdma", flags=SMALL, decode_flags=ROOMY, is_shared=True),
+    Way(
+        "rdma, KV where it lies, write-back, fetching, tiers, few blocks",
+        "rdma",
+        flags={**SMALL, "kv.direct": "on"},
+        decode_flags=ROOMY,
+        is_shared=True,
+    ),
     Way(
         "1 rank to 2, write-back, fetching, tiers, few blocks",
         "shm",
