@@ -1,5 +1,5 @@
 # make up      a cluster on this machine, with everything it needs      make up ARGS="--decode 2 --port 9000"
-# make test    all tests                                                make test ARGS="tests/unit -k configs"
+# make test    all tests, two processes at a time                       make test ARGS="tests/unit -k configs"
 # make test-gate  the exactness gate over every combination of its axes, about an hour
 # make test-rdma  KV over RDMA verbs in an emulated machine with soft-RoCE, some minutes; skipped without qemu
 # make test-thousand  1,000 prompts over every transport, cache and layout against one engine that does both
@@ -8,10 +8,11 @@
 # make faults 10,000 injected faults over real KV nodes                 make faults FAULTS="--faults 500 --seed 7"
 # make test-netns  two network namespaces: rate limits, losses, a cut cable, half-open peers (root, iproute2, nftables)
 # make bench   prefill + decode against monolithic workers, same machine
-# Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, EXTRAS=rdma, ARGS=<flags>
+# Variables: TORCH_INDEX=<index with CPU wheels>, TORCH=cuda, PYTHON=<interpreter>, EXTRAS=rdma, ARGS=<flags>, WORKERS=<of make test>
 
 export TORCH TORCH_INDEX PYTHON EXTRAS
 ARGS ?=
+WORKERS ?= 2
 FUZZ ?= --runs 1000000
 FAULTS ?= --faults 10000 --seed 1
 BIN := .venv/bin
@@ -25,7 +26,7 @@ up: setup
 	@$(BIN)/celeriac up $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gate: setup
 	CELERIAC_GATE=all $(BIN)/python -m pytest -q tests/unit/engines/test_gate_axes.py tests/integration/test_gate.py $(ARGS)
