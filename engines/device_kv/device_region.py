@@ -46,6 +46,16 @@ class DeviceRegion:
         is_gpu = kv.device.type == "cuda"
         self.kind = MemoryKind("vram", kv.get_device()) if is_gpu else MemoryKind()
         self.ops = DeviceHashes(kv)
+        self._device = kv.device
+
+    def drain(self) -> None:
+        """Wait for all that the device was asked to do: copies over cuda_ipc are in streams of UCX that have no name.
+
+        Raises:
+            RuntimeError: the device has failed, or records a graph just now. Then only the end of this process is proof.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class DeviceHashes:

@@ -51,3 +51,10 @@ class PageMemory(Protocol):
     def kind(self) -> MemoryKind: ...
     @property
     def ops(self) -> PageHashes: ...
+
+    def drain(self) -> None:
+        """Return when nothing that this process has begun still copies from these pages.
+
+        For the end of a link: a destroyed agent begins nothing more, but what it had asked a GPU to copy goes on.
+        """
+        ...

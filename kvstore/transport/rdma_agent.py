@@ -3,7 +3,8 @@
 Each link has an agent of its own, at both ends, because the end of an agent is the only fence that UCX offers:
 
     destroyed at the receiver   its queue pair is gone, and the thread that would write for a tcp peer: nothing lands
-    destroyed at the writer     nothing of ours is read any more, also if the peer has stopped or stalled
+    destroyed at the writer     nothing of ours is read any more, also if the peer has stopped or stalled; copies that a
+                                GPU was asked for go on, so its memory is drained behind that (`PageMemory.drain`)
 
 Cancelling a write, or deregistering memory, promises neither. Destroying takes 5 to 10 ms, also with writes under way.
 """
@@ -47,7 +48,10 @@ class RdmaAgent:
             self.metadata = bytes(self._agent.getLocalMD())
         except Exception as error:  # NIXL's errors have no common base but this
             self._agent = None
-            raise RdmaError(reason="no_rdma", detail=f"no agent over {region.num_bytes} bytes: {error}") from error
+            where = "" if region.kind.segment == "dram" else " of a GPU (`kv.direct: off` goes through host memory)"
+            raise RdmaError(
+                reason="no_rdma", detail=f"no agent over {region.num_bytes} bytes{where}: {error}"
+            ) from error
 
     def connect(self, metadata: bytes, kind: MemoryKind) -> None:
         """Take in a receiver's `metadata`; its pages are memory of this `kind`. The first write makes the connection.

@@ -122,6 +122,7 @@ class RdmaMover:
     def close(self) -> None:
         """Nothing of ours is read or written after this, whatever was in flight."""
         self._agent.destroy()
+        self._own.drain()
         self._landings.clear()
 
     def _post(self, transfer: Transfer, runs: list[Run], num_bytes: int) -> None:

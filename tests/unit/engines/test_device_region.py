@@ -26,6 +26,14 @@ def test_a_region_of_a_tensor_has_its_address_and_sizes() -> None:
     assert region.kind == MemoryKind("dram", 0)
 
 
+def test_what_the_host_copies_needs_no_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(_: object) -> None:
+        raise AssertionError("there is no device to wait for")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    DeviceRegion(torch.zeros((4, 2, 512), dtype=torch.uint8)).drain()
+
+
 def test_layers_too_small_for_the_check_are_refused_by_name() -> None:
     with pytest.raises(RegionError, match=r"a layer of a block has 128 bytes.*at least 241.*kv.direct: off"):
         DeviceRegion(torch.zeros((4, 2, 128), dtype=torch.uint8))

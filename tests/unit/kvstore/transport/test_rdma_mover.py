@@ -204,3 +204,14 @@ def test_close_destroys_the_agent_whatever_is_in_flight(region: KVRegion) -> Non
 
     assert agent.is_destroyed
     assert not mover.is_landing("w:1")
+
+
+def test_memory_that_a_device_may_still_copy_from_is_drained_behind_the_end_of_the_agent(
+    region: KVRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover, agent, _, _ = _mover(region)
+    seen: list[bool] = []
+    monkeypatch.setattr(region, "drain", lambda: seen.append(agent.is_destroyed))
+    list(mover.move(_transfer(1), [(0, 0)], 0, LAYERS))
+    mover.close()
+    assert seen == [True]
