@@ -52,7 +52,7 @@ class DeviceRegion:
         """Wait for all that the device was asked to do: copies over cuda_ipc are in streams of UCX that have no name.
 
         Raises:
-            RuntimeError: the device has failed, or records a graph just now. Then only the end of this process is proof.
+            RuntimeError: the device has failed, or records a graph just now. Then this process must end, as proof.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
