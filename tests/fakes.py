@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from engines.finish import FinishRule
 from engines.messages import EngineMessage, FrameReader, TokenOut, frame
 from engines.params import SamplingParams
 from kvstore.address import KVAddress
+from kvstore.errors import StateError, StateUnavailable
 from kvstore.readable import wait_readable
+from kvstore.state.records import ClaimItem, HandoffItem, SpansItem
 
 FIRST_ID, NUM_IDS = 300, 200  # ordinary words of tiny-chat's vocabulary, no end token among them
 MAX_MODEL_LEN = 2048
@@ -398,6 +400,7 @@ class ScriptedStore:
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.round_trips: list[tuple[str, int]] = []  # (function, items) of calls for several requests
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **_: Any) -> Any:
@@ -408,6 +411,28 @@ class ScriptedStore:
             return answer(*args) if callable(answer) else answer
 
         return call
+
+    def claim_each(self, items: list[ClaimItem]) -> list[Any]:
+        return self._each("claim", items)
+
+    def handoff_each(self, items: list[HandoffItem]) -> list[Any]:
+        return self._each("handoff", items)
+
+    def set_spans_each(self, items: list[SpansItem]) -> list[Any]:
+        return self._each("set_spans", items)
+
+    def _each(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """As the real one: an answer, or an error, for each item of one round trip; none for one is none at all."""
+        self.round_trips.append((name, len(items)))
+        replies: list[Any] = []
+        for item in items:
+            try:
+                replies.append(getattr(self, name)(*(getattr(item, f.name) for f in fields(item))))
+            except StateUnavailable:
+                raise
+            except StateError as error:
+                replies.append(error)
+        return replies
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
         return [args for called, args in self.calls if called == name]

@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvstore.state.entries import FeedItem, FinEntry, TokenEntry, TokenLogprobs
-from kvstore.state.records import AppendItem, NewRequest, Record, RenewItem, RequestBody, WorkerBeat
+from kvstore.state.records import (
+    AppendItem,
+    ClaimItem,
+    HandoffItem,
+    NewRequest,
+    Record,
+    RenewItem,
+    RequestBody,
+    SpansItem,
+    WorkerBeat,
+)
 from kvstore.state.replies import (
     Accepted,
     AppendReply,
@@ -48,6 +58,7 @@ __all__ = [
     "Attached",
     "Busy",
     "Cancelled",
+    "ClaimItem",
     "Claimed",
     "Dup",
     "EmbeddedValkey",
@@ -60,6 +71,7 @@ __all__ = [
     "Gap",
     "Gone",
     "HandedOff",
+    "HandoffItem",
     "Log",
     "NewRequest",
     "Ok",
@@ -69,6 +81,7 @@ __all__ = [
     "RenewItem",
     "RequestBody",
     "RequestState",
+    "SpansItem",
     "Stale",
     "StateStore",
     "TokenEntry",

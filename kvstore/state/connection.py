@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 MAX_BLOCK_S: Final = 2.0
 MAX_CONNECTIONS: Final = 64  # of one process; a call takes about a millisecond, so a short wait serves many threads
+_NO_FUNCTION: Final = "Function not found"
 Argument = str | bytes | int | float
 _T = TypeVar("_T")
 
@@ -77,6 +78,22 @@ class Connection:
             for key, arguments in calls:
                 _run(pipeline, "FCALL", name, 1, key, *arguments)
             return list(pipeline.execute())
+
+        return self._guarded(name, send)
+
+    def call_apart(self, function: str, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[Any]:
+        """One function for several items (key, arguments), in one pipeline; each is a call of its own on the server.
+
+        A StateError in a reply's place: the server refuses that one call as such. Raises StateUnavailable, as `call`,
+        for all of them: any may have been executed.
+        """
+        name = f"{self._library.name}_{function}"
+
+        def send() -> list[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for key, arguments in calls:
+                _run(pipeline, "FCALL", name, 1, key, *arguments)
+            return [_refusal(name, reply) or reply for reply in pipeline.execute(raise_on_error=False)]
 
         return self._guarded(name, send)
 
@@ -146,12 +163,12 @@ class Connection:
         except redis.exceptions.ConnectionError as error:
             raise StateUnavailable(command=name, reason="connection", detail=str(error)) from error
         except redis.exceptions.ResponseError as error:
-            if may_load and "Function not found" in str(error):
+            if may_load and _NO_FUNCTION in str(error):
                 self.load_library()
                 return self._typed(name, send, may_load=False)
             if _code(error).upper() in _LATER_CODES:
                 raise StateUnavailable(command=name, reason=_code(error), detail=str(error)) from error
-            raise StateError(f"{name} was refused by the state server: {error}", command=name) from error
+            raise _refused(name, error) from error
         except redis.exceptions.RedisError as error:
             raise StateError(f"{name} failed: {type(error).__name__}: {error}", command=name) from error
 
@@ -176,6 +193,20 @@ def _client(url: str, *, timeout_s: float) -> redis.Redis:
 
 def _run(client: redis.Redis, *words: Argument) -> Any:
     return client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def _refused(name: str, error: Exception) -> StateError:
+    return StateError(f"{name} was refused by the state server: {error}", command=name)
+
+
+def _refusal(name: str, reply: Any) -> StateError | None:
+    """None for a reply that is no error. Raises an error that concerns more than this one call."""
+    if not isinstance(reply, Exception):
+        return None
+    is_general = isinstance(reply, _LATER) or _code(reply).upper() in _LATER_CODES or _NO_FUNCTION in str(reply)
+    if is_general or not isinstance(reply, redis.exceptions.ResponseError):
+        raise reply
+    return _refused(name, reply)
 
 
 def _code(error: Exception) -> str:

@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvstore.errors import BadRecord, StateError
-from kvstore.state.replies import At, Dup, Final, Fork, Gap, Gone, Ok, Stale, Turn
+from kvstore.state.records import record_from
+from kvstore.state.replies import (
+    At,
+    Busy,
+    Claimed,
+    Dup,
+    Final,
+    Fork,
+    Gap,
+    Gone,
+    HandedOff,
+    Ok,
+    Stale,
+    Turn,
+)
 from kvstore.state.transitions import RequestState
 
 
@@ -33,6 +47,34 @@ def common(rid: str, reply: Any) -> Gone | Final | Stale:
     if code == "BADREC":
         raise BadRecord(rid=rid, why=reply[1].decode())
     raise StateError(f"unknown reply {reply!r} for request {rid}; expected one that this version of the protocol knows")
+
+
+def claim_reply(rid: str, reply: Any) -> Claimed | Busy | Final | Gone:
+    """Raises as `common`."""
+    if code_of(reply) == "BUSY":
+        return Busy(state_of(reply[1]))
+    if code_of(reply) != "OK":
+        return no_stale(rid, common(rid, reply))
+    record = record_from(rid, reply[2])
+    return Claimed(
+        epoch=record.epoch,
+        n=record.n,
+        attempts=record.attempts,
+        crash_attempts=record.crash_attempts,
+        wake_n=record.wake_n,
+        body=record.body,
+        remaining_s=int(reply[1]) / 1000,
+        turns=turns_of(reply[3]),
+        fin=record.fin,
+        claimed_ms=record.stamps.get("claimed", 0.0),
+    )
+
+
+def handoff_reply(rid: str, reply: Any) -> HandedOff | Stale | Final | Gone:
+    """Raises as `common`."""
+    if code_of(reply) != "OK":
+        return common(rid, reply)
+    return HandedOff(int(reply[1]), counts_of(reply[2]), flags_of(reply[3]))
 
 
 def item_reply(rid: str, reply: Any) -> Gap | Dup | Fork | Stale | Final | Gone:

@@ -9,7 +9,7 @@ import msgspec
 from kvstore.address import KVAddress
 from kvstore.errors import BadRecord
 from kvstore.overdue import OverdueWriter
-from kvstore.state.phases import DecodeSpans, PrefillSpans, decode_spans
+from kvstore.state.phases import DecodeSpans, PrefillSpans, Spans, decode_spans
 from kvstore.state.transitions import RequestState
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -108,6 +108,32 @@ class AppendItem:
     count: int
     tokens: bytes
     fin: bytes | None = None
+
+
+@dataclass(frozen=True)
+class ClaimItem:
+    """A request to claim under `token`, which was never used before."""
+
+    rid: str
+    token: str
+
+
+@dataclass(frozen=True)
+class HandoffItem:
+    """A request to take over from `from_token`, under `to_token`, which was never used before."""
+
+    rid: str
+    epoch: int
+    from_token: str
+    to_token: str
+
+
+@dataclass(frozen=True)
+class SpansItem:
+    """What a worker measured of a request's phases."""
+
+    rid: str
+    spans: Spans
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ ran, and the caller repeats it with the same arguments. BadRecord means that thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -22,7 +22,18 @@ from kvstore.state.handles import put as put_handles
 from kvstore.state.keys import REGISTRY_KEY, checked_name, live_key, new_request_id, record_key, shard_of
 from kvstore.state.parsing import code_of, common, no_stale, turns_of
 from kvstore.state.phases import NAMES, Spans, encode_spans
-from kvstore.state.records import AppendItem, NewRequest, Record, RenewItem, WorkerBeat, accept_arguments, record_from
+from kvstore.state.records import (
+    AppendItem,
+    ClaimItem,
+    HandoffItem,
+    NewRequest,
+    Record,
+    RenewItem,
+    SpansItem,
+    WorkerBeat,
+    accept_arguments,
+    record_from,
+)
 from kvstore.state.replies import (
     Accepted,
     AppendReply,
@@ -44,6 +55,8 @@ from kvstore.state.replies import Final as Ended
 from kvstore.state.transitions import RequestState
 
 REPEATS_PER_S: Final = 50  # wake-ups that all reapers together may repeat
+Word = str | bytes | int
+_T = TypeVar("_T")
 EVIDENCE: Final = frozenset({"exited", "engine"})
 _encode = msgspec.msgpack.Encoder().encode
 _decode_beat = msgspec.msgpack.Decoder(WorkerBeat).decode
@@ -124,24 +137,16 @@ class StateStore:
     # ------------------------------------------------------------------ worker
     def claim(self, rid: str, token: str, *, hedge: bool = False, replicas: int = 1) -> Claimed | Busy | Ended | Gone:
         """Takes it for this token. Busy, Final, Gone: ack the Celery message and forget it."""
-        reply = self._call("claim", rid, checked_name(token), int(hedge), replicas)
-        if code_of(reply) == "BUSY":
-            return Busy(parsing.state_of(reply[1]))
-        if code_of(reply) != "OK":
-            return no_stale(rid, common(rid, reply))
-        record = record_from(rid, reply[2])
-        return Claimed(
-            epoch=record.epoch,
-            n=record.n,
-            attempts=record.attempts,
-            crash_attempts=record.crash_attempts,
-            wake_n=record.wake_n,
-            body=record.body,
-            remaining_s=int(reply[1]) / 1000,
-            turns=turns_of(reply[3]),
-            fin=record.fin,
-            claimed_ms=record.stamps.get("claimed", 0.0),
-        )
+        return parsing.claim_reply(rid, self._call("claim", rid, checked_name(token), int(hedge), replicas))
+
+    def claim_each(self, items: Sequence[ClaimItem]) -> list[Claimed | Busy | Ended | Gone | StateError]:
+        """`claim` of several requests, in one round trip. One reply per item, in order.
+
+        A StateError in an item's place, BadRecord too, is what `claim` would have raised: no other item is harmed.
+        Raises StateUnavailable for all of them: repeat all with the same tokens, also those that may have been claimed.
+        """
+        words = [(x.rid, checked_name(x.token), 0, 1) for x in items]
+        return self._call_each("claim", words, parsing.claim_reply)
 
     def append_batch(self, items: Sequence[AppendItem]) -> list[AppendReply]:
         """Writes the tokens of one step: a call per shard, in one pipeline. One reply per item, in order.
@@ -179,10 +184,12 @@ class StateStore:
 
     def handoff(self, rid: str, epoch: int, from_token: str, to_token: str) -> HandedOff | Stale | Ended | Gone:
         """Called by the receiver of verified KV, or by a worker to itself. Not handed: free the blocks, say REFUSED."""
-        reply = self._call("handoff", rid, epoch, from_token, checked_name(to_token))
-        if code_of(reply) != "OK":
-            return common(rid, reply)
-        return HandedOff(int(reply[1]), parsing.counts_of(reply[2]), parsing.flags_of(reply[3]))
+        return parsing.handoff_reply(rid, self._call("handoff", rid, epoch, from_token, checked_name(to_token)))
+
+    def handoff_each(self, items: Sequence[HandoffItem]) -> list[HandedOff | Stale | Ended | Gone | StateError]:
+        """`handoff` of several requests, in one round trip. Replies and errors as those of `claim_each`."""
+        words = [(x.rid, x.epoch, x.from_token, checked_name(x.to_token)) for x in items]
+        return self._call_each("handoff", words, parsing.handoff_reply)
 
     def release(self, rid: str, epoch: int, token: str) -> Released | Stale | Ended | Gone:
         """Gives it back, its tokens kept, no crash counted. Stale: it had been done."""
@@ -202,7 +209,11 @@ class StateStore:
 
     def set_spans(self, rid: str, spans: Spans) -> None:
         """What this worker measured of the request's phases; also of one that has ended. No record: nothing happens."""
-        self._call("phase", rid, "", NAMES[type(spans)], encode_spans(spans))
+        self._call("phase", rid, *_span_words(spans))
+
+    def set_spans_each(self, items: Sequence[SpansItem]) -> list[StateError | None]:
+        """`set_spans` of several requests, in one round trip. Errors as those of `claim_each`."""
+        return self._call_each("phase", [(x.rid, *_span_words(x.spans)) for x in items], lambda *_: None)
 
     def server_time_ms(self) -> float:
         """The clock that all stamps of records are on, to the microsecond."""
@@ -284,8 +295,19 @@ class StateStore:
         return counts
 
     # ------------------------------------------------------------------ private
-    def _call(self, function: str, rid: str, *arguments: str | bytes | int) -> Any:
+    def _call(self, function: str, rid: str, *arguments: Word) -> Any:
         return self._connection.call(function, live_key(shard_of(rid)), rid, *arguments)
+
+    def _call_each(
+        self, function: str, rows: Sequence[tuple[str, *tuple[Word, ...]]], parse: Callable[[str, Any], _T]
+    ) -> list[_T | StateError]:
+        """A call per row (request id, arguments), in one pipeline; what is wrong with one row stands in its place."""
+        calls = [(live_key(shard_of(row[0])), row) for row in rows]
+        answers = self._connection.call_apart(function, calls) if calls else []
+        return [
+            _parsed(parse, row[0], answer) if not isinstance(answer, StateError) else answer
+            for row, answer in zip(rows, answers, strict=True)
+        ]
 
     def _by_shard(self, rids: Sequence[str]) -> dict[int, list[int]]:
         places: dict[int, list[int]] = {}
@@ -294,7 +316,18 @@ class StateStore:
         return places
 
 
-def _append_words(item: AppendItem) -> Sequence[str | bytes | int]:
+def _parsed(parse: Callable[[str, Any], _T], rid: str, reply: Any) -> _T | StateError:
+    try:
+        return parse(rid, reply)
+    except StateError as error:
+        return error
+
+
+def _span_words(spans: Spans) -> tuple[Word, Word, Word]:
+    return "", NAMES[type(spans)], encode_spans(spans)
+
+
+def _append_words(item: AppendItem) -> Sequence[Word]:
     return (
         item.rid,
         item.epoch,
@@ -311,5 +344,5 @@ def _append_words(item: AppendItem) -> Sequence[str | bytes | int]:
     )
 
 
-def _flat(rows: Sequence[Sequence[str | bytes | int]]) -> list[str | bytes | int]:
+def _flat(rows: Sequence[Sequence[Word]]) -> list[Word]:
     return [word for row in rows for word in row]

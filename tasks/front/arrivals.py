@@ -1,7 +1,8 @@
 """Sequences that are handed to this worker, and the `decode` tasks that show them.
 
 Incoming   a prefill worker has blocks here; its Celery task decode(rid) will come, or is here already
-Arrived    KV complete and verified: `handoff`, then Promote (it joins the next step) or Drop
+Arrived    KV complete and verified: `handoff`, of all that came in one turn together, then Promote (it joins the next
+           step) or Drop
 decode(rid) before Arrived: waits for it; after: shows it; unknown: kept 2 s, then only acked
 """
 
@@ -11,9 +12,10 @@ from collections import defaultdict
 from functools import partial
 
 from engines.messages import ArrivalLost, Arrived, Drop, Incoming, Promote, Stop
-from kvstore.state.records import Record
+from kvstore.state.records import HandoffItem, Record
 from kvstore.state.replies import Final, Gone, HandedOff, Stale
 from kvstore.state.transitions import RequestState
+from tasks.front.calls import CallGroup
 from tasks.front.context import FrontContext
 from tasks.front.ends import RequestEnds, end_job
 from tasks.front.ports import JobPort
@@ -31,6 +33,9 @@ class Arrivals:
     def __init__(self, ctx: FrontContext, ends: RequestEnds) -> None:
         self._ctx = ctx
         self._ends = ends
+        self._handoffs: CallGroup[HandoffItem, HandedOff | Stale | Final | Gone] = CallGroup(
+            ctx.store.handoff_each, replying=ctx.link.held
+        )
         self._expected: dict[str, set[str]] = defaultdict(set)  # rid -> xfers promised or arrived, not settled
         self._waiting: dict[str, list[JobPort]] = {}  # rid -> decode tasks that came first
 
@@ -120,9 +125,10 @@ class Arrivals:
             self._settled(message.rid, message.xfer)
             return
         token = ctx.identity.next_token()
-        ctx.calls.do(
+        ctx.calls.gather(
             f"handoff {message.rid}",
-            lambda: ctx.store.handoff(message.rid, message.epoch, message.from_token, token),
+            self._handoffs,
+            HandoffItem(message.rid, message.epoch, message.from_token, token),
             partial(self._handed, message, token, ctx.identity.incarnation),
             lambda _: self._refuse(message, Gone()),
         )
@@ -137,6 +143,11 @@ class Arrivals:
             self._refuse(message, reply)
             return
         self._settled(message.rid, message.xfer)
+        former = ctx.live.get(message.rid)
+        if former is not None:  # another arrival of it was handed over while this call waited: as in `_hand_off`
+            self._ends.lost(former, Stale(reply.epoch, former.state))
+            self._ends.give_back(message.rid, reply.epoch, token)
+            return
         now = ctx.clock()
         request = LiveRequest(
             rid=message.rid,

@@ -15,8 +15,9 @@ import msgspec
 from engines.messages import Add, PrefixHint, Stop
 from engines.params import SamplingParams
 from kvstore.state.entries import TokenLogprobs
-from kvstore.state.records import RequestBody
+from kvstore.state.records import ClaimItem, RequestBody
 from kvstore.state.replies import Busy, Claimed, Final, Gone
+from tasks.front.calls import CallGroup
 from tasks.front.context import FrontContext
 from tasks.front.ends import RequestEnds, end_job
 from tasks.front.hands import Hand, Hands
@@ -27,6 +28,7 @@ from tasks.front.requests import Choice, LiveRequest, Phase
 
 log = logging.getLogger(__name__)
 
+CLAIMS_AT_ONCE = 8  # how many choices a request has is only known once it is claimed
 SUSPECT_CRASHES = 2  # its workers died twice: it runs alone the third time
 PINNED_AFTER_CLAIMS = 2  # whatever it was released for twice: now it reserves all it can ever need
 History = list[tuple[list[int], list[TokenLogprobs] | None]]
@@ -51,8 +53,10 @@ class Claims:
         self._peers = peers
         self._prefixes = prefixes
         self.hands = Hands()
+        self._claim_calls: CallGroup[ClaimItem, Claimed | Busy | Final | Gone] = CallGroup(ctx.store.claim_each)
         self._claiming: dict[str, Hand] = {}
         self._alone: tuple[LiveRequest, Callable[[], None]] | None = None
+        self._are_suspects_about = False  # the last request that we kept was one
 
     # ---------------------------------------------------------------- room
     @property
@@ -63,7 +67,7 @@ class Claims:
         """Requests that may be claimed now."""
         ctx = self._ctx
         settings = ctx.settings
-        if ctx.ready is None or ctx.is_draining or ctx.options.role == "decode" or self._alone is not None:
+        if ctx.ready is None or ctx.is_draining or ctx.options.role == "decode" or self._has_suspect:
             return 0
         if ctx.options.role == "prefill":
             if not self._peers.targets:
@@ -73,6 +77,10 @@ class Claims:
         limit = min(settings.decode.max_num_seqs, ctx.num_slots)
         num_seqs = sum(len(request.choices) for request in ctx.live.values())
         return max(0, limit - self.num_claiming - num_seqs)
+
+    @property
+    def _has_suspect(self) -> bool:
+        return self._alone is not None or any(hand.is_suspect for hand in self._claiming.values())
 
     def submit(self, job: JobPort) -> None:
         """A wake-up. A second one for a request that is here already only shows it once more."""
@@ -86,12 +94,14 @@ class Claims:
             self.hands.add(job)
 
     def fill(self) -> None:
-        """Claim what there is room for."""
-        while self.room() > 0:
-            hand = self.hands.take_oldest()
-            if hand is None:
-                return
-            self._claim(hand)
+        """Claim what there is room for, several in one round trip."""
+        while self.room() > 0 and len(self.hands):
+            # Among suspects one by one: what is claimed with a suspect only goes back.
+            num_claims = 1 if self._are_suspects_about else min(self.room(), len(self.hands), CLAIMS_AT_ONCE)
+            for _ in range(num_claims):
+                self._claim(self.hands.take_oldest())
+            self._ctx.calls.run()
+        self.start_alone()  # if the last thing that it waited for was an answer
 
     def start_alone(self) -> None:
         """The suspect's turn, once nothing else is here."""
@@ -108,9 +118,10 @@ class Claims:
     def _claim(self, hand: Hand) -> None:
         ctx, token = self._ctx, self._ctx.identity.next_token()
         self._claiming[hand.rid] = hand
-        ctx.calls.do(
+        ctx.calls.gather(
             f"claim {hand.rid}",
-            lambda: ctx.store.claim(hand.rid, token),
+            self._claim_calls,
+            ClaimItem(hand.rid, token),
             partial(self._claimed, hand, token, ctx.identity.incarnation),
             lambda error: self._unreadable(hand, error),
         )
@@ -133,6 +144,10 @@ class Claims:
         if incarnation != ctx.identity.incarnation:  # the engine died while the call was out
             self._give_back(hand, reply.epoch, token, "the engine process died")
             return
+        if self._has_suspect:  # claimed with it: whoever is here when it kills the engine counts as suspect, too
+            self._give_back(hand, reply.epoch, token, "another request must run alone")
+            return
+        hand.is_suspect = self._are_suspects_about = reply.crash_attempts >= SUSPECT_CRASHES
         if not any(reply.n):
             self._begin(hand, token, incarnation, reply, [([], None)] * len(reply.n))
             return
@@ -181,7 +196,7 @@ class Claims:
             epoch=claimed.epoch,
             token=token,
             mode="local" if is_local else "push",
-            phase=Phase.ALONE if claimed.crash_attempts >= SUSPECT_CRASHES else Phase.COMPUTING,
+            phase=Phase.ALONE if hand.is_suspect else Phase.COMPUTING,
             choices=choices,
             wake_n=claimed.wake_n,
             deadline_s=now + claimed.remaining_s,

@@ -11,10 +11,11 @@ from engines.messages import Ready, Stats
 from engines.tokenizer import Tokenizer
 from kvstore.clock import Clock
 from kvstore.state.server_clock import ServerClock
+from tasks.front.calls import RepeatedCalls
 from tasks.front.link import EngineLink
 from tasks.front.ports import HubPort
 from tasks.front.requests import LiveRequest
-from tasks.front.timers import RepeatedCalls, Timers
+from tasks.front.timers import Timers
 from tasks.names import Identity
 from tasks.options import WorkerOptions
 

@@ -9,10 +9,14 @@ from tasks.front.ports import JobPort
 
 @dataclass
 class Hand:
-    """One request and the Celery tasks that woke us for it: a repeated wake-up joins the first."""
+    """One request and the Celery tasks that woke us for it: a repeated wake-up joins the first.
+
+    `is_suspect`: it is claimed, and must run alone.
+    """
 
     rid: str
     jobs: list[JobPort] = field(default_factory=list)
+    is_suspect: bool = False
 
 
 class Hands:
@@ -27,9 +31,9 @@ class Hands:
     def add(self, job: JobPort) -> None:
         self._by_rid.setdefault(job.rid, Hand(job.rid)).jobs.append(job)
 
-    def take_oldest(self) -> Hand | None:
-        rid = next(iter(self._by_rid), None)
-        return None if rid is None else self._by_rid.pop(rid)
+    def take_oldest(self) -> Hand:
+        """There is one."""
+        return self._by_rid.pop(next(iter(self._by_rid)))
 
     def remove(self, rid: str) -> Hand | None:
         return self._by_rid.pop(rid, None)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 from engines.messages import EngineMessage, FrameReader, FrontMessage, decode_engine, frame
 
 READ_BYTES = 1 << 20
+MAX_VECTORS = 64  # far below the kernel's IOV_MAX
 
 
 class EngineLink:
@@ -17,6 +21,7 @@ class EngineLink:
         self._sock: socket.socket | None = None
         self._reader = FrameReader()
         self._unsent: deque[memoryview] = deque()
+        self._is_held = False
 
     @property
     def is_attached(self) -> bool:
@@ -47,21 +52,33 @@ class EngineLink:
         if self._sock is None:
             return
         self._unsent.append(memoryview(frame(message)))
-        self.flush()
+        if not self._is_held:
+            self.flush()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is sent within goes out at its end, in one piece: an idle engine begins one step with all of it."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self.flush()
 
     def flush(self) -> None:
         while self._sock is not None and self._unsent:
             try:
-                num_sent = self._sock.send(self._unsent[0])
+                num_sent = self._sock.sendmsg(list(islice(self._unsent, MAX_VECTORS)))
             except BlockingIOError:
                 return
             except OSError:  # its death is told by `receive`, once, after what it had still sent
                 self._unsent.clear()
                 return
-            if num_sent == len(self._unsent[0]):
-                self._unsent.popleft()
-            else:
-                self._unsent[0] = self._unsent[0][num_sent:]
+            while num_sent:
+                first = self._unsent.popleft()
+                if num_sent < len(first):
+                    self._unsent.appendleft(first[num_sent:])
+                num_sent -= min(num_sent, len(first))
 
     def receive(self) -> tuple[list[EngineMessage], bool]:
         """Messages that are there, and whether this was the end (EOF: the engine is dead)."""

@@ -1,6 +1,6 @@
 """The output thread: waits for the engine, the hub and the clock, and lets each part have its turn.
 
-turn:  posts of the hub -> messages of the engine -> repeated calls, timers -> renew -> publish -> beat -> claim
+turn:  posts of the hub -> messages of the engine -> timers, repeated calls -> renew -> publish -> beat -> claim
 Renewing comes before publishing: a process that was paused asks first whether it still owns anything.
 """
 
@@ -144,8 +144,8 @@ class Front:
             guarded(getattr(parts, method), *args)
         ctx.link.flush()
         parts.read_engine()
-        ctx.calls.run()
         ctx.timers.run_due()
+        ctx.calls.run()
         guarded(parts.life.check_hang)
         guarded(parts.renewals.turn)
         if parts.renewals.is_answered and not parts.renewals.fence.is_up:

@@ -16,6 +16,7 @@ from engines.tokenizer import Tokenizer
 from kvstore.clock import Clock
 from kvstore.state.store import StateStore
 from tasks.front.arrivals import Arrivals
+from tasks.front.calls import RepeatedCalls
 from tasks.front.claims import Claims
 from tasks.front.context import FrontContext, RecentEnds
 from tasks.front.drain import Drain
@@ -30,7 +31,7 @@ from tasks.front.registry import Registry
 from tasks.front.renewals import Renewals
 from tasks.front.reports import EngineReports
 from tasks.front.spans import PhaseSpans
-from tasks.front.timers import RepeatedCalls, Timers
+from tasks.front.timers import Timers
 from tasks.names import Identity
 from tasks.options import WorkerOptions
 
@@ -148,6 +149,7 @@ class FrontParts:
 
     # ---------------------------------------------------------------- messages of the engine
     def read_engine(self) -> None:
+        """Handle what it says. The calls that this gives rise to are made when all of it is read."""
         received, is_over = self.ctx.link.receive()
         if received:
             self.life.heard()
@@ -155,6 +157,7 @@ class FrontParts:
             guarded(self._dispatch, message)
         if is_over:
             guarded(self.life.on_eof)
+        self.ctx.calls.run()
 
     def _dispatch(self, message: EngineMessage) -> None:
         self._handlers[type(message)](message)

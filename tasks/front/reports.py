@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 
 from engines.messages import Failed, Granted, NoGrant, Owner, Preempted, Pushed, Stop, Tokens
+from kvstore.state.records import HandoffItem
 from kvstore.state.replies import Final, Gone, HandedOff, Stale
+from tasks.front.calls import CallGroup
 from tasks.front.context import FrontContext
 from tasks.front.ends import NO_PAGES_WAIT_S, RequestEnds
 from tasks.front.peers import PeerTable
@@ -26,6 +28,7 @@ class EngineReports:
         self._ends = ends
         self._peers = peers
         self._spans = spans
+        self._handoffs: CallGroup[HandoffItem, HandedOff | Stale | Final | Gone] = CallGroup(ctx.store.handoff_each)
 
     def on_tokens(self, message: Tokens) -> None:
         ctx = self._ctx
@@ -47,7 +50,7 @@ class EngineReports:
 
     def _hand_to_self(self, request: LiveRequest) -> None:
         """Role both: prompt computed, from here on it decodes, under a token of its own."""
-        ctx, rid, epoch, former = self._ctx, request.rid, request.epoch, request.token
+        ctx, rid = self._ctx, request.rid
         token, computed_s = ctx.identity.next_token(), ctx.clock()
         request.advance(Phase.HANDING)
 
@@ -66,7 +69,8 @@ class EngineReports:
             ctx.link.send(Owner(rid, reply.epoch, token))
             self._spans.handed_to_self(request, computed_s)
 
-        ctx.calls.do(f"handoff {rid} to itself", lambda: ctx.store.handoff(rid, epoch, former, token), answered)
+        item = HandoffItem(rid, request.epoch, request.token, token)
+        ctx.calls.gather(f"handoff {rid} to itself", self._handoffs, item, answered)
 
     def on_granted(self, message: Granted) -> None:
         """A decode worker promised blocks: show its Celery task there while the prompt is computed, or it moves."""

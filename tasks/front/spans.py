@@ -1,13 +1,15 @@
 """What this worker measures of the phases of its requests (`kvstore.state.phases`), written into their records.
 
-Nothing waits for these calls: they go out when the tokens of the turn are published. A record without them lacks a line
-of its timings, nothing else.
+Nothing waits for these calls: they go out together when the tokens of the turn are published. A record without them
+lacks a line of its timings, nothing else.
 """
 
 from __future__ import annotations
 
 from engines.messages import Pushed, Stepped
 from kvstore.state.phases import DecodeSpans, PrefillSpans, Spans
+from kvstore.state.records import SpansItem
+from tasks.front.calls import CallGroup
 from tasks.front.context import FrontContext
 from tasks.front.requests import LiveRequest
 
@@ -20,6 +22,7 @@ class PhaseSpans:
 
     def __init__(self, ctx: FrontContext) -> None:
         self._ctx = ctx
+        self._writes = CallGroup(ctx.store.set_spans_each)
 
     def probe(self) -> None:
         """Ask for the server's time; at each beat.
@@ -73,6 +76,6 @@ class PhaseSpans:
         ctx = self._ctx
 
         def write() -> None:
-            ctx.calls.do(f"spans of {rid}", lambda: ctx.store.set_spans(rid, spans), lambda _: None)
+            ctx.calls.gather(f"spans of {rid}", self._writes, SpansItem(rid, spans), lambda _: None)
 
         ctx.timers.after(WRITE_AFTER_S, write)

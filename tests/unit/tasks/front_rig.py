@@ -96,8 +96,8 @@ class Rig:
     def turn(self, seconds: float = 0.0) -> None:
         """Time passes, and every part has its turn, as in the loop."""
         self.clock.advance(seconds)
-        self.parts.ctx.calls.run()
         self.parts.ctx.timers.run_due()
+        self.parts.ctx.calls.run()
         self.parts.renewals.turn()
         if self.parts.renewals.is_answered and not self.parts.renewals.fence.is_up:
             self.parts.publisher.turn()
