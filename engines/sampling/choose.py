@@ -4,13 +4,14 @@ Sorting a whole vocabulary is what sampling costs, and nearly always the choice 
 only those are sorted first, beside the weight of the whole row. A row is decided by them when nothing beyond them can
 change its result; else it is done again with everything sorted. Both give the same token.
 
-`engines.sampling.native` does the same in C++. The two add in another order, so a sum may differ in its last bits, and
-a token only where the uniform number lies within those bits of a boundary: once in about 10^13 choices.
+A weight is a whole number of units of 2^-43, so sums are exact in whatever order they are added.
+`engines.sampling.native` does the same in C++ with the same weights (cpp/token_weights.h): the same tokens, on any CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,7 +19,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_CANDIDATES = 64
-VANISHES = -700.0  # e^x is so small that a token has no weight: it is never chosen (cpp/simd_double.h)
+# Of `weigh`. Every operation on them is that of cpp/token_weights.h, one by one: change both or none.
+UNITS: Final = 2.0**43  # the weight of the likeliest token
+_OCTAVES: Final = 1.4426950408889634  # 1 / ln 2
+_SIXTEENTHS: Final = 1.5 * 2.0**48  # adding it rounds to sixteenths
+_POWER: Final = (  # 2^f = 1 + f * (... of these) for |f| <= 1/32, fitted at Chebyshev's nodes
+    0.009618317140428106,
+    0.05550541078374851,
+    0.24022650691319433,
+    0.6931471804009947,
+)
+# fmt: off
+_SIXTEENTH_POWERS: Final = (  # 2^(j/16), rounded
+    1.0, 1.0442737824274138, 1.0905077326652577, 1.1387886347566916, 1.189207115002721, 1.241857812073484,
+    1.2968395546510096, 1.3542555469368927, 1.4142135623730951, 1.4768261459394993, 1.5422108254079407,
+    1.6104903319492543, 1.681792830507429, 1.7562521603732995, 1.8340080864093424, 1.9152065613971474,
+)
+# fmt: on
+_LEAST_OCTAVES: Final = -64
+_BASES: Final = torch.tensor(  # UNITS * 2^(n/16), from n = 16 * _LEAST_OCTAVES on
+    [UNITS * 2.0**octave * power for octave in range(_LEAST_OCTAVES, 1) for power in _SIXTEENTH_POWERS],
+    dtype=torch.float64,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +93,22 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     candidates, ids = _sorted_candidates(logits, num_candidates)
     values, coldness = candidates.double(), (1.0 / filters.temperature)[:, None]
     rank = torch.arange(num_candidates, device=logits.device)
-    weights = _weights((values - values[:, :1]) * coldness)
+    weights = weigh(values - values[:, :1], coldness)
     # Of the whole row, and of what top_k leaves of it: top_p looks at that, normalised.
-    whole = _weights((logits.double() - values[:, :1]) * coldness).sum(-1, keepdim=True)
+    whole = weigh(logits.double() - values[:, :1], coldness).sum(-1, keepdim=True)
     top_k = torch.where(filters.top_k > 0, filters.top_k.clamp(max=vocab_size), vocab_size)[:, None]
     cumulative = weights.cumsum(-1)
     has_top_k = top_k <= num_candidates
     mass = torch.where(top_k < vocab_size, cumulative.gather(1, top_k.clamp(max=num_candidates) - 1), whole)
     top_p = filters.top_p[:, None]
-    in_top_p = (top_p >= 1.0) | ((cumulative - weights) / mass < top_p)
-    keep = (rank < top_k) & in_top_p & (weights >= filters.min_p[:, None]) & (weights > 0.0)
+    in_top_p = (top_p >= 1.0) | ((cumulative - weights).double() / mass.double() < top_p)
+    keep = (rank < top_k) & in_top_p & (weights.double() >= filters.min_p[:, None] * UNITS) & (weights > 0)
     keep[:, 0] = True
     # Each filter keeps a prefix of the sorted candidates, and so do all together.
     num_kept = keep.sum(-1, keepdim=True)
     is_unfiltered = (top_k >= vocab_size) & (top_p >= 1.0) & (filters.min_p[:, None] <= 0.0)
     total = torch.where(is_unfiltered, whole, cumulative.gather(1, num_kept - 1))
-    position = (cumulative <= filters.uniform[:, None] * total).sum(-1, keepdim=True)
+    position = (cumulative.double() <= filters.uniform[:, None] * total.double()).sum(-1, keepdim=True)
     is_inside = position < num_kept
     position = torch.minimum(position, num_kept - 1)
     chosen = ids.gather(1, position)[:, 0]
@@ -101,9 +123,21 @@ def _choose_among(logits: Tensor, filters: Filters, num_candidates: int) -> tupl
     return chosen, decided[:, 0]
 
 
-def _weights(below: Tensor) -> Tensor:
-    """Of tokens that lie so far below the likeliest, whose weight is exactly 1."""
-    return torch.where(below < VANISHES, 0.0, torch.exp(below))
+def weigh(below: Tensor, coldness: Tensor) -> Tensor:
+    """int64 e^(below * coldness) in units of 2^-43; `below`: how far tokens lie below the likeliest, fp64.
+
+    At 0 exactly 2^43; elsewhere within 6e-12 of the true one, and then rounded. Less than half a unit is no weight:
+    so it is of -inf.
+    """
+    # NaN is infinity less infinity: such a row gives its first token.
+    octaves = (below * (coldness * _OCTAVES)).nan_to_num_(nan=_LEAST_OCTAVES).clamp_(min=_LEAST_OCTAVES)
+    whole = (octaves + _SIXTEENTHS).sub_(_SIXTEENTHS)
+    fraction = octaves.sub_(whole)
+    power = (fraction * _POWER[0]).add_(_POWER[1])
+    for coefficient in (*_POWER[2:], 1.0):
+        power.mul_(fraction).add_(coefficient)
+    steps = whole.sub_(_LEAST_OCTAVES).mul_(16.0).long()
+    return power.mul_(_BASES.to(below.device)[steps]).round_().long()
 
 
 def _sorted_candidates(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from engines.ext.build import SAMPLING_SOURCES, build_library
 _CHOOSE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]
 _SCORE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
 
+MAX_VOCAB_SIZE: Final = 2**19  # of more tokens the weights could be too large a sum (cpp/token_weights.h)
+
 
 class NativeChooser:
     """`engines.sampling.chooser.TokenChooser` for logits on a CPU.
@@ -73,6 +75,7 @@ class NativeChooser:
 def _checked(logits: Tensor, row_idx: list[int]) -> tuple[int, int, int]:
     assert logits.is_contiguous()
     assert logits.dtype is torch.float32, logits.dtype
+    assert logits.shape[1] <= MAX_VOCAB_SIZE, logits.shape
     assert 0 <= min(row_idx) <= max(row_idx) < len(logits), row_idx
     return logits.data_ptr(), len(row_idx), logits.shape[1]
 

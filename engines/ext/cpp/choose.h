@@ -3,10 +3,13 @@
 //
 // Nearly always a few of the likeliest decide. They are found by the maxima of groups of logits: whatever reaches the
 // n-th largest of those is a candidate, so there are at least n, and no token behind them equals one of them. What
-// depends on the weight of the whole row is decided with bounds of a sum in fp32; where the two differ, a sum in double
-// decides, and where the candidates do not reach, the whole row (choose_whole.h). All ways give the same token, and
-// each row is decided by itself: neither the batch nor the number of threads changes it.
+// depends on the weight of the whole row is decided with bounds of a sum in fp32; where the two differ, an exact sum
+// decides, and where the candidates do not reach, the whole row (choose_whole.h). All ways give the same token, since
+// weights are whole numbers (token_weights.h), and each row is decided by itself: neither the batch nor the number of
+// threads nor the CPU changes it.
 #pragma once
+
+#include <numeric>
 
 #include "choose_whole.h"
 
@@ -17,6 +20,7 @@ struct Filters {
   int64_t top_k;  // the size of the vocabulary: off
 
   bool is_off(int64_t size) const { return top_k >= size && top_p >= 1.0 && min_p <= 0.0; }
+  double least_weight() const { return min_p * kUnits; }
   bool needs_total(int64_t size) const { return top_k >= size && (top_p < 1.0 || min_p <= 0.0); }
 };
 
@@ -27,23 +31,27 @@ class RowChooser {
     row_ = row, size_ = size;
     find_maxima();
     if (!std::isfinite(most_)) return std::find(row, row + size, most_) - row;
+    const Weigher weigher(most_, filters.coldness);
     double low = 0, high = 0;
+    Top top;
     if (filters.needs_total(size)) {
-      const double about = rough_total(filters.coldness);
+      if (looks_flat(filters.coldness)) return choose_from_all(filters, top, 0);
+      const double about = rough_total(filters.coldness) * kUnits;
       low = about * (1 - kSlack), high = about * (1 + kSlack);
     }
     for (const int64_t wanted : {filters.top_k <= kMany ? filters.top_k : kFew, kMany}) {
       if (!collect(wanted)) break;
-      weigh_candidates(filters.coldness);
+      weigh_candidates(weigher);
       int64_t place = decide(filters, low);
       if (place >= 0 && high > low && place != decide(filters, high)) {
-        low = high = exact_total(filters.coldness);
+        low = high = exact_total(weigher);
         place = decide(filters, low);
       }
       if (place >= 0) return id_of(candidates_[place]);
+      top = {row_[id_of(candidates_.back())], {static_cast<int64_t>(candidates_.size()), held_}};
       if (held_ * kMuch < low) break;  // so flat that a few more would not do
     }
-    return choose_from_all(filters);
+    return choose_from_all(filters, top, low);
   }
 
   // The `num_top` likeliest ids and the logarithms of their probabilities, then that of `id`, before any filter.
@@ -64,8 +72,9 @@ class RowChooser {
   static constexpr int64_t kGroups = 640;          // about so many maxima
   static constexpr int64_t kFew = 32, kMany = 224;
   static constexpr double kMuch = 4;
+  static constexpr double kFlat = 1024;  // candidates weigh 1 at most, and the first are some fifty
   static constexpr size_t kMostCandidates = 2048;  // with more, looking at the whole row costs less
-  // Of rough_total: its polynomial, an argument in fp32 (2e-5), at most 2^9 additions of fp32 in a row (3e-5).
+  // Of rough_total: its power, an argument in fp32 (2e-5), at most 2^9 additions of fp32 in a row (3e-5).
   static constexpr double kSlack = 2e-4;
 
   // Maxima of groups: lane by lane over runs of vectors.
@@ -85,22 +94,35 @@ class RowChooser {
     for (const float each : maxima_) most_ = each > most_ ? each : most_;
   }
 
-  // Within kSlack. 2^f by its Taylor polynomial, whose error for |f| <= 1/2 is below 7e-5.
+  // 2^y for y <= 0 by the Taylor polynomial of its fraction, whose error for |f| <= 1/2 is below 7e-5.
+  static Vec rough_power(Vec y) {
+    const float magic = 12582912.0f;  // as in simd.h: exp
+    y = max(y, splat(-125.0f));
+    const Vec shifted = y + magic, f = y - (shifted - magic);
+    Vec p = f * 0.00961812911f + 0.0555041087f;
+    p = p * f + 0.240226507f;
+    p = p * f + 0.693147181f;
+    p = p * f + 1.0f;
+    return (Vec)((VecI)p + ((VecI)shifted << 23));
+  }
+
+  // Whether the candidates cannot have weight enough, by some tokens of all parts of the row. A wrong answer costs time.
+  bool looks_flat(double coldness) const {
+    const float scale = static_cast<float>(coldness * kOctaves);
+    const int64_t vectors = size_ / kLanes, seen = 64;
+    if (vectors < 4 * seen) return false;
+    Vec part = {};
+    for (int64_t k = 0; k < seen; k++) part += rough_power((load(row_ + k * vectors / seen * kLanes) - most_) * scale);
+    return sum(part) / (seen * kLanes) * static_cast<double>(size_) > kFlat;
+  }
+
   double rough_total(double coldness) const {
-    const float scale = static_cast<float>(coldness * 1.4426950408889634), magic = 12582912.0f;  // as in simd.h: exp
+    const float scale = static_cast<float>(coldness * kOctaves);
     const int64_t whole = size_ - size_ % kLanes;
     double total = 0;
     for (int64_t lo = 0; lo < whole; lo += run_) {
       Vec part = {};
-      for (int64_t i = lo; i < std::min(lo + run_, whole); i += kLanes) {
-        const Vec y = max((load(row_ + i) - most_) * scale, splat(-125.0f));
-        const Vec shifted = y + magic, f = y - (shifted - magic);
-        Vec p = f * 0.00961812911f + 0.0555041087f;
-        p = p * f + 0.240226507f;
-        p = p * f + 0.693147181f;
-        p = p * f + 1.0f;
-        part += (Vec)((VecI)p + ((VecI)shifted << 23));
-      }
+      for (int64_t i = lo; i < std::min(lo + run_, whole); i += kLanes) part += rough_power((load(row_ + i) - most_) * scale);
       total += sum(part);
     }
     for (int64_t i = whole; i < size_; i++) total += std::exp2((row_[i] - most_) * scale);
@@ -121,14 +143,13 @@ class RowChooser {
     return total;
   }
 
-  double exact_total(double coldness) const {
-    const double most = most_;
+  double exact_total(const Weigher& weigher) const {
     const int64_t whole = size_ - size_ % kDoubles;
-    VecD total = {};
-    for (int64_t i = 0; i < whole; i += kDoubles) total += exp_down((load_wide(row_ + i) - most) * coldness);
-    double rest = 0;
-    for (int64_t i = whole; i < size_; i++) rest += exp_down(VecD{} + (row_[i] - most) * coldness)[0];
-    return sum(total) + rest;
+    VecL totals = {};
+    for (int64_t i = 0; i < whole; i += kDoubles) totals += weigher(row_ + i);
+    int64_t total = sum(totals);
+    for (int64_t i = whole; i < size_; i++) total += weigher(row_[i]);
+    return static_cast<double>(total);
   }
 
   // All that reach the `wanted`-th largest maximum, in no order. False: too many, or nothing is gained by it.
@@ -156,14 +177,19 @@ class RowChooser {
     return true;
   }
 
-  void weigh_candidates(double coldness) {
+  void weigh_candidates(const Weigher& weigher) {
     std::sort(candidates_.begin(), candidates_.end());
     logits_.clear();
     for (const uint64_t each : candidates_) logits_.push_back(row_[id_of(each)]);
+    logits_.resize(logits_.size() + kDoubles);
     weights_.resize(logits_.size());
-    weigh(logits_.data(), static_cast<int64_t>(logits_.size()), most_, coldness, weights_.data());
+    for (size_t i = 0; i < candidates_.size(); i += kDoubles) {
+      const VecL some = weigher(&logits_[i]);
+      std::memcpy(&weights_[i], &some, sizeof some);
+    }
+    weights_.resize(candidates_.size());
     held_ = 0;
-    for (const double weight : weights_) held_ += weight;
+    for (const int64_t weight : weights_) held_ += weight;
   }
 
   // The place of the choice among the candidates, were `total` the weight of the row; -1: they do not tell.
@@ -172,47 +198,60 @@ class RowChooser {
     const bool is_all = num == size_, is_off = filters.is_off(size_);
     if (filters.top_k < size_) {
       if (filters.top_k > num) return -1;
-      total = 0;
-      for (int64_t i = 0; i < filters.top_k; i++) total += weights_[i];
+      total = static_cast<double>(std::accumulate(weights_.begin(), weights_.begin() + filters.top_k, int64_t{0}));
     }
-    int64_t num_kept = 1;
-    double kept = weights_[0];
+    int64_t num_kept = 1, kept = weights_[0];
     for (; num_kept < std::min(num, filters.top_k); num_kept++) {
-      const double weight = weights_[num_kept], with = kept + weight;
-      if (filters.top_p < 1.0 && !((with - weight) / total < filters.top_p)) break;
-      if (!(weight >= filters.min_p && weight > 0)) break;
-      kept = with;
+      const int64_t weight = weights_[num_kept];
+      if (filters.top_p < 1.0 && !(kept / total < filters.top_p)) break;
+      if (!(weight >= filters.least_weight() && weight > 0)) break;
+      kept += weight;
     }
     const bool ends_inside = is_all || num_kept < num || num_kept == filters.top_k;
     if (!is_off && !ends_inside) return -1;
-    const double target = filters.uniform * (is_off ? total : kept);
-    double mass = 0;
+    const double target = filters.uniform * (is_off ? total : static_cast<double>(kept));
+    int64_t mass = 0;
     for (int64_t place = 0; place < num_kept; place++) {
       mass += weights_[place];
-      if (mass > target) return place;
+      if (static_cast<double>(mass) > target) return place;
     }
     return ends_inside ? num_kept - 1 : -1;
   }
 
-  int64_t choose_from_all(const Filters& filters) {
-    whole_.begin(row_, size_, most_, filters.coldness);
-    const double total = filters.top_k < size_ ? whole_.mass_of(filters.top_k) : whole_.total();
-    int64_t num_kept = std::min(filters.top_k, whole_.num_from(filters.min_p));
-    if (filters.top_p < 1.0)
-      num_kept = std::min(num_kept, whole_.first([&](double before, double) { return !(before / total < filters.top_p); }));
-    num_kept = std::max<int64_t>(num_kept, 1);
-    const double target = filters.uniform * (filters.is_off(size_) ? total : whole_.mass_of(num_kept));
-    const int64_t place = whole_.first([&](double, double with) { return with > target; });
-    return whole_.id_at(std::min(place, num_kept - 1));
+  int64_t choose_from_all(const Filters& filters, const Top& top, double about) {
+    whole_.begin(row_, size_, most_, filters.coldness, top, about);
+    const double uniform = filters.uniform;
+    if (filters.is_off(size_))
+      return whole_.find(uniform, true, [=](const Mass& with, double total) { return with.weight > uniform * total; }).id;
+    Mass kept{size_, -1};
+    double total = -1;
+    if (filters.top_k < size_) {
+      const double share = static_cast<double>(filters.top_k) / size_;
+      kept = whole_.find(share, false, [&](const Mass& with, double) { return with.count >= filters.top_k; }).with;
+      total = kept.weight;
+    }
+    if (filters.top_p < 1.0) {
+      const double share = filters.top_p * (total < 0 ? 1.0 : total / whole_.total());
+      const Mass enough = whole_.find(share, true, [&](const Mass& with, double all) {
+        return with.weight / (total < 0 ? all : total) >= filters.top_p;
+      }).with;
+      if (enough.count <= kept.count) kept = enough;
+    }
+    if (filters.min_p > 0) {
+      const Mass enough = whole_.from(filters.least_weight());
+      if (enough.count <= kept.count) kept = enough;
+    }
+    const double target = uniform * kept.weight;
+    return whole_.find(target / whole_.total(), true, [=](const Mass& with, double) { return with.weight > target; }).id;
   }
 
   const float* row_ = nullptr;
   int64_t size_ = 0, run_ = kLanes;
   float most_ = 0;
-  double held_ = 0;  // the weight of all candidates
+  int64_t held_ = 0;  // the weight of all candidates
   std::vector<float> maxima_, sorted_, logits_;
   std::vector<uint64_t> candidates_;
-  std::vector<double> weights_;
+  std::vector<int64_t> weights_;
   WholeRow whole_;
 };
 

@@ -12,3 +12,9 @@ extern "C" void score_tokens(int64_t num_rows, int64_t size, const float* logits
                              int64_t num_threads) {
   celeriac::score_tokens(num_rows, size, logits, row_idx, chosen, num_top, ids, logprobs, num_threads);
 }
+
+// What each token of a row weighs, as the choice has it. For tests.
+extern "C" void weigh_row(int64_t size, const float* row, float most, double coldness, int64_t* weights) {
+  const celeriac::Weigher weigher(most, coldness);
+  for (int64_t i = 0; i < size; i++) weights[i] = weigher(row[i]);
+}
