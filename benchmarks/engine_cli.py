@@ -140,7 +140,7 @@ def engine(
     load_before = os.getloadavg()[0]
     if load_before > QUIET_LOAD:
         _say(f"notice: other programs run here (load average {load_before:.1f}): only ratios of rounds mean something")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
+    signal.signal(signal.SIGTERM, _interrupt_once)
     try:
         if isolation:
             spec = IsolationSpec(num_rounds=rounds, num_requests=num_requests, model=model, dtype=dtype or "float32")
@@ -215,6 +215,12 @@ def _show(result: _Result, load_before: float, *, as_json: bool, save: Path | No
         return
     console = Console()
     print_sheets(console if console.is_terminal else Console(width=OUTPUT_WIDTH), sheets)
+
+
+def _interrupt_once(*_: object) -> None:
+    """SIGTERM, as Ctrl-C: what was started is stopped. `timeout` sends it twice: a second must not interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:

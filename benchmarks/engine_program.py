@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Program:
     """One running program, with a run folder of its own. A context manager: it is ended on the way out, by force if
-    need be."""
+    need be. After an error or a signal by force at once: its job, which nobody waits for, may take minutes."""
 
     def __init__(
         self, name: str, argv: Sequence[str], *, env: Mapping[str, str], is_stopped_when_idle: bool = False
@@ -66,7 +66,7 @@ class Program:
             self.facts = self._read_line(START_TIMEOUT_S)
             self._signal(signal.SIGSTOP)
         except BaseException:
-            self.__exit__()
+            self._end(wait_s=0.0)
             raise
         return self
 
@@ -87,16 +87,22 @@ class Program:
         self._signal(signal.SIGSTOP)
         return result
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._end(wait_s=STOP_TIMEOUT_S if error is None else 0.0)
+
+    def _end(self, *, wait_s: float) -> None:
         process = self._process
         if process is not None and process.stdin is not None and process.stdout is not None:
             self._signal(signal.SIGCONT)
-            process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_TIMEOUT_S)
+            if wait_s:
+                process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(wait_s)
             with contextlib.suppress(ProcessLookupError):  # nobody is left, mostly
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            with contextlib.suppress(BrokenPipeError):  # of a job that it did not read
+                process.stdin.close()
             process.stdout.close()
         self._log.close()
         self._scratch.cleanup()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks.engine_profile import overhead_ms
-from benchmarks.engine_program import Program
+from benchmarks.engine_program import ROOT, STOP_TIMEOUT_S, Program
 from benchmarks.engine_vllm import chosen_requirements
 from benchmarks.errors import ProgramFailed
 from benchmarks.stats import Ratio
+from kvstore.readable import wait_readable
 
 ECHO = """
 import sys
@@ -74,6 +80,65 @@ def test_an_idle_program_is_stopped_and_goes_on_with_its_next_job() -> None:
     with Program("echo", [sys.executable, "-c", ECHO], env={}, is_stopped_when_idle=True) as echo:
         assert echo.run({"k": 1}) == {"k": 1}
         assert echo.run({"k": 2}) == {"k": 2}
+
+
+BUSY = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print('{"worker": %d}' % worker.pid, flush=True)
+sys.stdin.readline()
+print('{"begun": 1}', flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("is_stopped_when_idle", [False, True])
+def test_a_signal_ends_a_program_and_its_children_in_the_middle_of_a_job(is_stopped_when_idle: bool) -> None:
+    """Its job would go on for ten minutes, whatever becomes of its standard input."""
+    started_s = time.monotonic()
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Program("busy", [sys.executable, "-c", BUSY], env={}, is_stopped_when_idle=is_stopped_when_idle) as busy,
+    ):
+        worker = os.pidfd_open(busy.facts["worker"])
+        assert busy.run({"k": 1}) == {"begun": 1}
+        raise KeyboardInterrupt
+
+    assert time.monotonic() - started_s < STOP_TIMEOUT_S, "it was given no time to finish"
+    assert wait_readable([worker], STOP_TIMEOUT_S), "its child is dead, too"
+    os.close(worker)
+
+
+BENCH = """
+import sys
+from benchmarks import engine_determinism
+from benchmarks.cli import bench
+from benchmarks.engine_program import Program
+
+engine_determinism.solo_program = lambda *_, **__: Program("busy", [sys.executable, "-c", sys.argv[1]], env={})
+bench(["engine", "--determinism", "--shape", "tiny-chat"])
+"""
+TELLING = BUSY.replace("print('{\"begun\": 1}', flush=True)", "open(FIFO, 'w').write(str(worker.pid))")
+
+
+def test_a_bench_that_timeout_terminates_ends_at_once_with_all_that_it_started(tmp_path: Path) -> None:
+    """`timeout` signals the process and then its group: the second SIGTERM comes while the first is obeyed."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    command = [sys.executable, "-c", BENCH, TELLING.replace("FIFO", repr(fifo))]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+    with started as bench:
+        worker = os.pidfd_open(int(Path(fifo).read_text()))  # its job has begun
+
+        bench.send_signal(signal.SIGTERM)
+        os.killpg(bench.pid, signal.SIGTERM)
+
+        words = bench.communicate(timeout=STOP_TIMEOUT_S)[1].decode()
+    assert bench.returncode == 1, words
+    assert words.endswith("Aborted!\n")
+    assert wait_readable([worker], STOP_TIMEOUT_S), "the worker of its program goes on"
+    os.close(worker)
 
 
 def test_two_rounds_are_no_claim() -> None:
