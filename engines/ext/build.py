@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from engines.errors import KernelsUnavailable
 from kvstore import native
 from kvstore.errors import NativeUnavailable
 
+_T = TypeVar("_T")
 _FOLDER: Final = Path(__file__).parent / "cpp"
 _FLAGS: Final = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 # GCC inlines less the larger a source is, and copies functions for constant arguments first: without these, the
@@ -25,7 +28,20 @@ def build_library(sources: native.Sources = SOURCES) -> Path:
     Raises:
         KernelsUnavailable: there is no compiler, it failed, or there is no folder to write to.
     """
+    return _as_ours(native.build_library, sources)
+
+
+def load_library(sources: native.Sources = SOURCES) -> ctypes.CDLL:
+    """The same, loaded: once per process.
+
+    Raises:
+        KernelsUnavailable: as `build_library`; or the file does not load.
+    """
+    return _as_ours(native.load_library, sources)
+
+
+def _as_ours(make: Callable[[native.Sources], _T], sources: native.Sources) -> _T:
     try:
-        return native.build_library(sources)
+        return make(sources)
     except NativeUnavailable as error:
         raise KernelsUnavailable(why=error.why, hint=error.hint) from error

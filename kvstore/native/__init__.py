@@ -4,6 +4,6 @@ Owns the builder, for the sources of any package, and the copying and hashing of
 machines without a compiler. Knows addresses and lengths; nothing of grants, links or tensors.
 """
 
-from kvstore.native.build import Sources, build_library, cache_folder
+from kvstore.native.build import Sources, build_library, cache_folder, load_library
 
-__all__ = ["Sources", "build_library", "cache_folder"]
+__all__ = ["Sources", "build_library", "cache_folder", "load_library"]

@@ -7,6 +7,7 @@ Processes that start together wait for one of them (a file lock); a new version,
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +54,20 @@ def build_library(sources: Sources) -> Path:
     except OSError as error:
         raise NativeUnavailable(why=str(error), hint="Set XDG_CACHE_HOME to a folder that can be written.") from error
     return path
+
+
+@cache
+def load_library(sources: Sources) -> ctypes.CDLL:
+    """`build_library`, and the library itself: once per process. Its functions release the GIL.
+
+    Raises:
+        NativeUnavailable: as `build_library`; or the file does not load.
+    """
+    path = build_library(sources)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(why=f"{path} does not load: {error}", hint="Delete it; it is built again.") from error
 
 
 def cache_folder() -> Path:

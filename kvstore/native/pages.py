@@ -14,14 +14,13 @@ import logging
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_int, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
 import xxhash
 
 from kvstore.errors import NativeUnavailable
-from kvstore.native.build import Sources, build_library
+from kvstore.native.build import Sources, load_library
 
 logger = logging.getLogger(__name__)
 
@@ -209,19 +208,10 @@ def page_ops(layer_bytes: int) -> PageOps:
     if layer_bytes < MIN_NATIVE_CELL_BYTES:
         return PythonPages()
     try:
-        return NativePages(_library())
+        return NativePages(load_library(SOURCES))
     except NativeUnavailable as error:
         logger.warning("%s KV pages are copied and hashed in Python, slower.", error)
         return PythonPages()
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = build_library(SOURCES)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeUnavailable(why=f"{path} does not load: {error}", hint="Delete it; it is built again.") from error
 
 
 def _int64s(ids: Blocks) -> array[int]:

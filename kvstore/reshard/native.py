@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import NativeUnavailable
-from kvstore.native import Sources, build_library
+from kvstore.native import Sources, load_library
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class NativeRows:
 def native_rows() -> NativeRows | None:
     """Compiles at first use on a machine: some seconds. A node asks before it has links."""
     try:
-        return NativeRows(ctypes.CDLL(str(build_library(SOURCES))))
-    except (NativeUnavailable, OSError) as error:
+        return NativeRows(load_library(SOURCES))
+    except NativeUnavailable as error:
         logger.warning("%s KV is compressed in Python, slower.", error)
         return None
