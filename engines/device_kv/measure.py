@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from itertools import count
-from typing import TypeVar
 
 import torch
 
@@ -24,14 +23,13 @@ from engines.device_kv.lane import CopyThread
 from engines.device_kv.pinned import pin
 from engines.device_kv.slot_pool import SlotPool
 from kvstore.address import KVAddress
-from kvstore.readable import wait_readable
-from kvstore.transport import Arrived, Event, GrantReceived, Handed, KVNode, KVPort, KVRegion, ReserveRequested
+from kvstore.transport import Arrived, GrantReceived, Handed, KVNode, KVPort, KVRegion, ReserveRequested
+from kvstore.transport.measure import wait_for
 
 NUM_LAYERS, NUM_GROUPS = 32, 4
 NUM_TOKENS_PER_BLOCK = 32
 WARM_UP_ROUNDS = 3
 TIMEOUT_S = 30.0
-E = TypeVar("E", bound=Event)
 
 
 class _Way:
@@ -49,18 +47,18 @@ class _Way:
         self._writer.reserve(
             self._target, xfer, rid="r", epoch=1, token="t", num_blocks=len(blocks), deadline_s=TIMEOUT_S
         )
-        self._reader.grant(_wait(self._reader, ReserveRequested), blocks)
-        _wait(self._writer, GrantReceived)
+        self._reader.grant(wait_for(self._reader, ReserveRequested, timeout_s=TIMEOUT_S), blocks)
+        wait_for(self._writer, GrantReceived, timeout_s=TIMEOUT_S)
         group = NUM_LAYERS // NUM_GROUPS
         start_s = time.perf_counter()
         for lo in range(0, NUM_LAYERS, group):
             self._writer.push(xfer, list(zip(blocks, blocks, strict=True)), lo, lo + group)
         num_tokens = len(blocks) * NUM_TOKENS_PER_BLOCK
         self._writer.commit(xfer, src_blocks=blocks, num_tokens=num_tokens, state=b"")
-        _wait(self._reader, Arrived)
+        wait_for(self._reader, Arrived, timeout_s=TIMEOUT_S)
         seconds = time.perf_counter() - start_s
         self._reader.settle(xfer, True)
-        _wait(self._writer, Handed)
+        wait_for(self._writer, Handed, timeout_s=TIMEOUT_S)
         return seconds
 
     def close(self) -> None:
@@ -86,16 +84,6 @@ def _node(
     else:
         region.buffer[:] = b"\x01" * region.num_bytes
     return port, port.start()
-
-
-def _wait(node: KVPort, kind: type[E]) -> E:
-    ends_s = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < ends_s:
-        for event in node.poll_events():
-            if isinstance(event, kind):
-                return event
-        wait_readable([node.wake_fd], 0.5)
-    raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_S} s")
 
 
 def main() -> None:

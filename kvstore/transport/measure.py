@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -18,12 +19,14 @@ from kvstore.address import KVAddress
 from kvstore.readable import wait_readable
 from kvstore.transport.events import Arrived, BlocksFree, Event, GrantReceived, Handed, ReserveRequested
 from kvstore.transport.node import KVNode
+from kvstore.transport.port import KVPort
 from kvstore.transport.region import KVRegion
 
 BLOCK_BYTES = 1 << 20
 NUM_BLOCKS = 32
 SECRET = b"measure"
 STEP_TIMEOUT_S = 5.0
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,27 @@ def _round(node: KVNode, target: KVAddress, name: str) -> float:
     """Seconds from the first push to the answer of the commit."""
     xfer = f"measure:{name}"
     node.reserve(target, xfer, rid=name, epoch=1, token="t", num_blocks=NUM_BLOCKS, deadline_s=STEP_TIMEOUT_S)
-    _wait(node, GrantReceived)
+    wait_for(node, GrantReceived)
     start_s = time.perf_counter()
     node.push(xfer, [(block, block) for block in range(NUM_BLOCKS)], 0, 1)
     node.commit(xfer, src_blocks=list(range(NUM_BLOCKS)), num_tokens=NUM_BLOCKS, state=b"")
-    _wait(node, Handed)
+    wait_for(node, Handed)
     return time.perf_counter() - start_s
 
 
-def _wait(node: KVNode, kind: type[Event]) -> None:
-    ends_s = time.monotonic() + STEP_TIMEOUT_S
+def wait_for(node: KVPort, kind: type[E], *, timeout_s: float = STEP_TIMEOUT_S) -> E:
+    """The next event of this kind; others that come with it or before it are dropped.
+
+    Raises:
+        TimeoutError: none came.
+    """
+    ends_s = time.monotonic() + timeout_s
     while time.monotonic() < ends_s:
-        if any(isinstance(event, kind) for event in node.poll_events()):
-            return
+        for event in node.poll_events():
+            if isinstance(event, kind):
+                return event
         wait_readable([node.wake_fd], 0.1)
-    raise TimeoutError(f"no {kind.__name__} from the other process within {STEP_TIMEOUT_S} s")
+    raise TimeoutError(f"no {kind.__name__} from the other side within {timeout_s} s")
 
 
 def _memcpy_bytes_per_s(region: KVRegion) -> float:
