@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chaos.live_streams import assert_same, bodies
+from tests.chaos.live_streams import all_ready, assert_fault_changes_nothing, bodies
 from tests.cluster import Cluster, read_streams, running_cluster, wait_until
 
 pytestmark = pytest.mark.chaos
@@ -21,6 +20,11 @@ pytestmark = pytest.mark.chaos
 
 def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
+
+
+def _kills(cluster: Cluster, pid_of: Callable[[Cluster], int]) -> Iterator[Callable[[], None]]:
+    while True:
+        yield partial(_kill, pid_of(cluster))
 
 
 # Part -> its pid, and when it dies: prompts are computed within the first moments, tokens come later.
@@ -34,17 +38,6 @@ VICTIMS: dict[str, tuple[Callable[[Cluster], int], dict[str, Any]]] = {
 }
 
 
-def _kill_and_note(pid: int, killed_s: list[float]) -> None:
-    _kill(pid)
-    killed_s.append(time.monotonic())
-
-
-def _all_ready(cluster: Cluster) -> bool:
-    workers = cluster.status()["workers"]
-    is_ready = all(worker["state"] == "ready" and worker["engine_pids"] for worker in workers)
-    return is_ready and cluster.get("/ready").status_code == 200
-
-
 @pytest.mark.parametrize("num_decode", [2, 1])
 def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) -> None:
     victims = VICTIMS if num_decode == 2 else {k: v for k, v in VICTIMS.items() if k != "redis"}
@@ -52,14 +45,8 @@ def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) 
         undisturbed = asyncio.run(read_streams(cluster.url, bodies()))
         for name, (pid_of, moment) in victims.items():
             print("killing", name)
-            killed_s: list[float] = []
-            kill = partial(_kill_and_note, pid_of(cluster), killed_s)
-
-            disturbed = asyncio.run(read_streams(cluster.url, bodies(), meanwhile=kill, **moment))
-
-            assert min(stream.stamps_s[-1] for stream in disturbed) > killed_s[0], "a stream ended before the kill"
-            assert_same(undisturbed, disturbed)
-            wait_until(lambda: _all_ready(cluster), timeout_s=60, what=f"all workers ready after {name}")
+            assert_fault_changes_nothing(cluster, undisturbed, _kills(cluster, pid_of), **moment)
+            wait_until(lambda: all_ready(cluster), timeout_s=60, what=f"all workers ready after {name}")
         wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
 
 
