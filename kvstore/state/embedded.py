@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from kvstore.errors import ServerNotStarted
 
@@ -139,7 +141,8 @@ def binary_path() -> Path:
 
 def _wait_until_answering(process: subprocess.Popen[bytes], port: int, *, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    with redis.Redis(host="127.0.0.1", port=port, socket_timeout=1.0, protocol=2) as client:
+    once = Retry(NoBackoff(), 0)  # asking again is ours to do, and whether the process still lives comes first
+    with redis.Redis(host="127.0.0.1", port=port, socket_timeout=1.0, protocol=2, retry=once) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ServerNotStarted(what=f"it exited with status {process.returncode}")
