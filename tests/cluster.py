@@ -19,7 +19,7 @@ import httpx2 as httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_CHAT = ROOT / "models" / "tiny-chat"
-START_S = 120
+START_S = 240  # many times what a start takes, for a machine that has much else to do
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Cluster:
         self._flags = flags
         self.url = ""
 
-    def cli(self, *args: str, timeout: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def cli(self, *args: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "celeriac", *args]
         result = subprocess.run(
             command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False

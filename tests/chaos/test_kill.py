@@ -47,7 +47,7 @@ def test_streams_survive_the_death_of_any_part(num_decode: int, tmp_path: Path) 
             print("killing", name)
             assert_fault_changes_nothing(cluster, undisturbed, _kills(cluster, pid_of), **moment)
             wait_until(lambda: all_ready(cluster), timeout_s=60, what=f"all workers ready after {name}")
-        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=30, what="every block free again")
 
 
 def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_no_process_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 
         _kill(int((tmp_path / "supervisor.pid").read_text()))
 
-        wait_until(lambda: not any(map(_is_alive, pids)), timeout_s=10, what="no orphan left")
+        wait_until(lambda: not any(map(_is_alive, pids)), timeout_s=30, what="no orphan left")
 
 
 def _is_alive(pid: int) -> bool:

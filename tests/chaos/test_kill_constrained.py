@@ -44,4 +44,4 @@ def test_a_recovered_output_goes_on_in_its_grammar(role: str, tmp_path: Path) ->
             assert after.errors == []
             assert after.token_ids == before.token_ids
             assert all(re.fullmatch(PATTERN, text) for text in after.texts)
-        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=30, what="every block free again")

@@ -66,7 +66,7 @@ def test_streams_survive_pauses_lost_connections_a_wiped_state_and_orderly_ends(
         for name, (moment, fault) in _faults(cluster).items():
             print("fault:", name)
             assert_fault_changes_nothing(cluster, undisturbed, _tries(cluster, name, fault), **moment)
-        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="every block free again")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=30, what="every block free again")
         _assert_calm_logs(tmp_path / "logs")
 
 

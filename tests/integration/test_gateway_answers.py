@@ -40,7 +40,7 @@ def gateway(valkey_server: EmbeddedValkey, publisher: Publisher) -> Iterator[Liv
 
 @pytest.fixture(scope="module")
 def client(gateway: LiveGateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 

@@ -175,7 +175,7 @@ def test_a_client_that_leaves_within_its_body_frees_its_thread(gateway: LiveGate
     with socket.create_connection(("127.0.0.1", gateway.port)) as sock:
         sock.sendall(POST + b"Content-Length: 100\r\n\r\n{")
     idle = "celeriac_open_calls 0.0"
-    wait_until(lambda: idle in gateway.client.get("/metrics").text, timeout_s=5, what="no call is open")
+    wait_until(lambda: idle in gateway.client.get("/metrics").text, timeout_s=30, what="no call is open")
 
 
 def _raw(gateway: LiveGateway, request: bytes) -> bytes:

@@ -17,6 +17,7 @@ import redis
 from engines.tokenizer import Tokenizer
 from kvstore.state import EmbeddedValkey
 from tests.gateway_harness import TINY_CHAT, LiveGateway, Publisher, wait_until
+from tests.stopwatch import Stopwatch
 
 REPLY = "One, two, three, four, five, six, seven, eight."
 BODY = {"prompt": "Hi", "max_tokens": 64, "stream": True, "return_token_ids": True}
@@ -75,7 +76,7 @@ class Reader:
                     event, event_id = "message", ""
 
     def wait_for(self, num_events: int) -> None:
-        wait_until(lambda: len(self.events) >= num_events, timeout_s=15, what=f"{num_events} events")
+        wait_until(lambda: len(self.events) >= num_events, timeout_s=30, what=f"{num_events} events")
 
     def leave(self) -> None:
         """Closes the connection without reading on."""
@@ -110,8 +111,10 @@ def test_a_client_that_leaves_cancels_its_request(gateway: LiveGateway, publishe
     publisher.hold_at = 3
     reader = Reader(gateway, json=BODY)
     reader.wait_for(2)
-    reader.leave()
-    wait_until(lambda: _state(gateway, reader.rid) == "cancelled", timeout_s=2, what="the request is cancelled")
+    with Stopwatch() as watch:
+        reader.leave()
+        wait_until(lambda: _state(gateway, reader.rid) == "cancelled", timeout_s=30, what="the request is cancelled")
+    watch.assert_within(2.0)
 
 
 def test_a_client_that_asked_to_continue_may_leave(gateway: LiveGateway, publisher: Publisher) -> None:
@@ -120,7 +123,7 @@ def test_a_client_that_asked_to_continue_may_leave(gateway: LiveGateway, publish
     reader.wait_for(2)
     reader.leave()
     publisher.hold_at = 1 << 30
-    wait_until(lambda: _state(gateway, reader.rid) == "finished", timeout_s=5, what="the request is finished")
+    wait_until(lambda: _state(gateway, reader.rid) == "finished", timeout_s=30, what="the request is finished")
 
 
 def test_a_resumed_client_gets_what_comes_after_its_position(gateway: LiveGateway, publisher: Publisher) -> None:
@@ -134,7 +137,7 @@ def test_a_resumed_client_gets_what_comes_after_its_position(gateway: LiveGatewa
     resumed = Reader(
         gateway, method="GET", path=f"/v1/requests/{reader.rid}/stream", headers={"Last-Event-ID": event_id}
     )
-    wait_until(lambda: resumed.status == 200, timeout_s=5, what="the resumed stream has begun")
+    wait_until(lambda: resumed.status == 200, timeout_s=30, what="the resumed stream has begun")
     publisher.hold_at = 1 << 30
     chunks = [*seen, *resumed.end()]
     for index in (0, 1):
@@ -188,7 +191,7 @@ def test_a_stream_survives_a_state_server_that_dies(
     publisher.hold_at = 4
     reader = Reader(gateway, json=BODY)
     reader.wait_for(3)
-    wait_until(lambda: publisher.num_claims == 1, timeout_s=5, what="the request is claimed")
+    wait_until(lambda: publisher.num_claims == 1, timeout_s=30, what="the request is claimed")
     os.kill(server.pid, signal.SIGSTOP)
     publisher.hold_at = 1 << 30
     timer = threading.Timer(2.5, os.kill, (server.pid, signal.SIGCONT))
@@ -223,7 +226,7 @@ def test_shutting_down_ends_open_streams_with_an_error_event(server: EmbeddedVal
         reader.wait_for(2)
         other.process.send_signal(signal.SIGTERM)
         assert reader.error()["code"] == "draining"
-        assert other.process.wait(15) == 0
+        assert other.process.wait(60) == 0
     finally:
         other.stop()
 

@@ -31,13 +31,13 @@ def test_a_conversation_and_a_recovery_use_what_was_written_back(tmp_path: Path)
     with running_cluster(tmp_path, *FLAGS) as cluster:
         answer = cluster.complete_ids(PROMPT, NUM_TOKENS, ignore_eos=True)
         turn = [*PROMPT, *answer, *PROMPT[:30]]
-        wait_until(lambda: events(cluster, "prefix_kept_blocks") >= 6, timeout_s=10, what="write-back")
+        wait_until(lambda: events(cluster, "prefix_kept_blocks") >= 6, timeout_s=30, what="write-back")
         hits = events(cluster, "prefix_hit_tokens")
         second = [cluster.complete_ids(turn, 30, ignore_eos=True) for _ in range(4)]
         assert all(ids == second[0] for ids in second)
         wait_until(
             lambda: events(cluster, "prefix_hit_tokens") - hits >= 4 * 18 * 32,
-            timeout_s=10,
+            timeout_s=30,
             what="all full blocks of prompt and answer found, by whichever prefill worker took the turn",
         )
 
@@ -51,7 +51,7 @@ def test_a_conversation_and_a_recovery_use_what_was_written_back(tmp_path: Path)
             busy: list[str] = []
             wait_until(
                 lambda: busy.extend(node for node in decoders if is_busy(cluster, node)) or busy,  # type: ignore[func-returns-value]
-                timeout_s=5,
+                timeout_s=30,
                 what="the beat that shows who decodes",
             )
             os.kill(decoders[busy[0]], signal.SIGKILL)
@@ -60,4 +60,4 @@ def test_a_conversation_and_a_recovery_use_what_was_written_back(tmp_path: Path)
         assert disturbed.token_ids == undisturbed.token_ids
         assert disturbed.errors == []
         assert disturbed.num_done == 1
-        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=10, what="all blocks free or cached")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=30, what="all blocks free or cached")

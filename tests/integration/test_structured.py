@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     run_dir: Path = tmp_path_factory.mktemp("structured")
     with running_cluster(run_dir, "--dtype", "float32") as cluster:
         yield cluster
-        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=5, what="every block free again")
+        wait_until(lambda: not any(cluster.blocks_in_use().values()), timeout_s=30, what="every block free again")
 
 
 @pytest.fixture(scope="module")

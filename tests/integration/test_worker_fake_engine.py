@@ -27,7 +27,7 @@ from tests.fakes import fake_output
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tiny-chat"
-START_S = 30.0
+START_S = 90.0  # many times what anything here takes, for a machine that has much else to do
 PROMPT = [301, 302, 303]
 
 
@@ -114,7 +114,7 @@ class Workers:
         return [token_id for entry in log.entries for token_id in entry.token_ids]
 
     def inspect(self, name: str, what: str) -> Any:
-        inspector = self.app.control.inspect(destination=[f"{name}@test"], timeout=3, limit=1)
+        inspector = self.app.control.inspect(destination=[f"{name}@test"], timeout=15, limit=1)
         try:
             reply = getattr(inspector, what)()
         except redis.ConnectionError:  # a test killed this connection, too
@@ -161,11 +161,13 @@ def test_events_tell_the_true_run_times_of_both_tasks(workers: Workers) -> None:
     workers.start_pair(step_s=0.02)
     events: dict[str, dict[str, Any]] = {}
     rids: list[str] = []
+    submitted_s: list[float] = []
     end = time.monotonic() + START_S
 
     def take(event: dict[str, Any]) -> None:
         if not rids:  # the first heartbeat, which `wakeup` asks for: from here on no event is missed
             rids.append(workers.submit(max_tokens=50))
+            submitted_s.append(time.monotonic())
         events[f"{event['type']} {event.get('uuid')}"] = event
         num_done = sum(name.startswith("task-succeeded") for name in events)
         receiver.should_stop = num_done == 2 or time.monotonic() > end
@@ -174,12 +176,13 @@ def test_events_tell_the_true_run_times_of_both_tasks(workers: Workers) -> None:
         receiver = workers.app.events.Receiver(connection, handlers={"*": take})
         receiver.capture(timeout=5, limit=None, wakeup=True)
 
+    taken_s = time.monotonic() - submitted_s[0]
     (rid,) = rids
     wake_n = workers.record(rid).wake_n
     runtimes = {stage: events[f"task-succeeded {rid}.{stage}.{wake_n}"]["runtime"] for stage in ("prefill", "decode")}
     assert f"task-started {rid}.decode.{wake_n}" in events
-    assert 0 < runtimes["prefill"] < 0.5
-    assert 0.9 < runtimes["decode"] < 5
+    assert 0 < runtimes["prefill"] < runtimes["decode"] / 2
+    assert 0.9 < runtimes["decode"] < taken_s
 
 
 def test_many_requests_are_live_at_once_and_all_leave(workers: Workers) -> None:
@@ -213,7 +216,7 @@ def test_revoke_with_terminate_cancels_the_request_everywhere(workers: Workers) 
     workers.wait(lambda: workers.inspect("d0", "active"), "its decode task is active")
 
     workers.sender.revoke([workers.inspect("d0", "active")[0]["id"]])
-    workers.wait_final(rid, timeout_s=3)
+    workers.wait_final(rid)
 
     assert workers.record(rid).state is RequestState.CANCELLED
     workers.wait(lambda: workers.inspect("d0", "stats")["pool"]["blocks"]["used"] == 0, "its blocks are free")
@@ -287,16 +290,16 @@ def test_messages_that_the_broker_delivers_again_are_adopted(workers: Workers) -
 
 def test_warm_shutdown_finishes_what_is_live(workers: Workers) -> None:
     decode, prefill = workers.start_pair(step_s=0.02)
-    rids = [workers.submit(max_tokens=60) for _ in range(5)]
+    rids = [workers.submit(max_tokens=120) for _ in range(5)]
     workers.wait(lambda: all(workers.record(rid).state is RequestState.DECODING for rid in rids), "they decode")
 
     for process in (prefill, decode):
         process.send_signal(signal.SIGTERM)
     workers.wait_final(*rids)
 
-    assert prefill.wait(10) == 0
-    assert decode.wait(10) == 0
-    assert all(workers.ids(rid) == fake_output(PROMPT, 60) for rid in rids)
+    assert prefill.wait(60) == 0
+    assert decode.wait(60) == 0
+    assert all(workers.ids(rid) == fake_output(PROMPT, 120) for rid in rids)
     assert workers.store.workers() == []
 
 
@@ -306,10 +309,10 @@ def test_drain_hands_back_at_the_deadline_and_the_worker_leaves(workers: Workers
     workers.wait(lambda: workers.record(rid).n[0] > 3, "it runs")
     workers.start("d1", f"decode.{MODEL}", step_s=0.002)
 
-    workers.app.control.broadcast("drain", arguments={"deadline": 0.5}, destination=["d0@test"], reply=True, timeout=3)
+    workers.app.control.broadcast("drain", arguments={"deadline": 0.5}, destination=["d0@test"], reply=True, timeout=15)
     workers.wait_final(rid)
 
-    assert workers.processes[0].wait(10) == 0
+    assert workers.processes[0].wait(60) == 0
     assert workers.ids(rid) == fake_output(PROMPT, 200)
 
 
@@ -334,11 +337,11 @@ def test_a_pool_without_an_engine_is_refused_with_the_reason(workers: Workers, p
 
 def test_pool_shrink_and_grow_change_the_live_slots(workers: Workers) -> None:
     workers.start("b0", f"generate.{MODEL}", "-c", "8", step_s=0.05)
-    workers.app.control.pool_shrink(6, destination=["b0@test"], reply=True, timeout=3)
+    workers.app.control.pool_shrink(6, destination=["b0@test"], reply=True, timeout=15)
 
-    rids = [workers.submit(max_tokens=10) for _ in range(6)]
+    rids = [workers.submit(max_tokens=40) for _ in range(6)]  # 2 s each: time enough to see two of them
     workers.wait(lambda: workers.inspect("b0", "stats")["pool"]["live"] == 2, "two are live")
-    workers.app.control.pool_grow(4, destination=["b0@test"], reply=True, timeout=3)
+    workers.app.control.pool_grow(4, destination=["b0@test"], reply=True, timeout=15)
     workers.wait(lambda: workers.inspect("b0", "stats")["pool"]["slots"] == 6, "slots grew")
 
     workers.wait_final(*rids)
