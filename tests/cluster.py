@@ -183,7 +183,7 @@ async def read_streams(
     after_tokens: int = 0,
 ) -> list[Stream]:
     """All streams at once; `meanwhile` runs in a thread, after `after_s` and once `are_in_midst`."""
-    timeout = aiohttp.ClientTimeout(total=280)
+    timeout = aiohttp.ClientTimeout(total=560)
     connector = aiohttp.TCPConnector(limit=0)
     streams = [_empty_stream(body) for body in bodies]
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: a state server of our own, so that no test is skipped for want of one."""
+"""What every test has: a state server of our own, so that none is skipped for want of one; generated inputs untimed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from kvstore.state import EmbeddedValkey, StateStore
 from kvstore.state.library import TEST_CLOCK_KEY, with_test_clock
+
+# How long an example takes says something about the machine, not about what the example shows.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 class ClockedStore:
