@@ -194,7 +194,9 @@ class ModelRunner:
             return needs.result([], [])
         # Decode steps sample every row: nothing to pick then.
         ended = hidden if len(needs.hidden_rows) == len(hidden) else hidden[needs.hidden_rows]
-        logits, peaks, rows_with_nan = self._model.logits_and_peaks(ended)
+        logits, peaks, rows_with_nan = self._model.logits_and_peaks(
+            ended, with_maxima=self._sampler.wants_maxima(needs.rows)
+        )
         self._timer.split("logits")
         broken = set(rows_with_nan)
         if broken - needs.drafted:
@@ -206,7 +208,8 @@ class ModelRunner:
         if len(needs.rows) != len(needs.hidden_rows):
             logits = logits[needs.logit_of]
             peaks = [peaks[i] for i in needs.logit_of]
-        return needs.result(*self._sampler.sample(logits, needs.rows, peaks), broken)
+        maxima = None if broken else self._model.maxima_of(logits)
+        return needs.result(*self._sampler.sample(logits, needs.rows, peaks, maxima), broken)
 
 
 def _attention_of(model: LlamaModel | GenericModel, kv: Tensor) -> AttentionBackend:

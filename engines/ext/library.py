@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 import logging
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
 from typing import Final
 
 import torch
 
 from engines.errors import KernelsUnavailable
-from engines.ext.build import build_library
+from engines.ext.build import load_library
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type
     "linear": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "linear_wide": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "run_layers": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
-    "run_head": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
+    "run_head": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
 _FIND_PEAKS: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
@@ -56,6 +55,8 @@ class Kernels:
         self.run_head = _function(library, "run_head", dtype)
         self.find_peaks = library.find_peaks  # of fp32 logits, whatever the dtype of the model
         self.find_peaks.restype, self.find_peaks.argtypes = None, _FIND_PEAKS
+        library.head_group.restype, library.head_group.argtypes = c_int64, []
+        self.head_group = int(library.head_group())
         self.find_amx, self.try_amx = library.find_amx, library.try_amx
         self.amx_equals_emulation, self.has_emulated_tiles = library.amx_equals_emulation, library.has_emulated_tiles
         for asked in (self.find_amx, self.try_amx, self.amx_equals_emulation, self.has_emulated_tiles):
@@ -74,7 +75,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels:
     """
     if dtype not in _DTYPES:
         raise KernelsUnavailable(why=f"there are none for {dtype}", hint="Expected float32 or bfloat16.")
-    return Kernels(_library(), dtype)
+    return Kernels(load_library(), dtype)
 
 
 def find_kernels(asked: str, *, dtype: torch.dtype, device: str) -> Kernels | None:
@@ -96,15 +97,6 @@ def find_kernels(asked: str, *, dtype: torch.dtype, device: str) -> Kernels | No
             raise
         logger.warning("%s Attention, norms and rotation run on torch, slower.", error)
         return None
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = build_library()
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(why=f"{path} does not load: {error}", hint="Delete it; it is built again.") from error
 
 
 def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:

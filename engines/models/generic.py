@@ -22,7 +22,7 @@ from torch import Tensor
 from engines.attention.backend import AttentionBackend
 from engines.attention.generic_attention import GenericAttention, Variant
 from engines.models.shape import ModelShape
-from engines.sampling.peaks import find_peaks
+from engines.sampling.peaks import GroupMaxima, find_peaks
 
 ATTENTION_NAME: Final = "celeriac_paged"
 # Arguments of attention functions that change nothing here: `position_ids` is what the rotation has used already.
@@ -160,10 +160,14 @@ class GenericModel:
         logits: Tensor = out.logits[0].float()
         return logits
 
-    def logits_and_peaks(self, hidden: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    def logits_and_peaks(self, hidden: Tensor, **_: bool) -> tuple[Tensor, list[int], list[int]]:
         """`logits`, and what `find_peaks` finds in them."""
         logits = self.logits(hidden)
         return logits, *find_peaks(logits, None)
+
+    def maxima_of(self, _: Tensor) -> GroupMaxima | None:
+        """None: the head of such a model keeps none."""
+        return None
 
 
 def layer_shapes(model: Any) -> LayerShapes:

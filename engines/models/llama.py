@@ -29,7 +29,7 @@ from engines.models.native_head import NativeHead
 from engines.models.native_stack import NativeStack
 from engines.models.rope import RopeTable
 from engines.models.row_ops import RowOps, TorchRowOps
-from engines.sampling.peaks import find_peaks
+from engines.sampling.peaks import GroupMaxima, find_peaks
 
 if TYPE_CHECKING:
     from engines.tensor_parallel.ranks import Shard
@@ -178,12 +178,20 @@ class LlamaModel:
         """fp32 logits `[num_rows, vocab]` of hidden states `[num_rows, hidden]` from `forward`."""
         return self._lm_head.wide(self._rows.norm(hidden, self._norm, self.config.rms_norm_eps))
 
-    def logits_and_peaks(self, hidden: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """`logits`, and what `find_peaks` finds in them: in one pass, where norm and head are C++."""
+    def logits_and_peaks(self, hidden: Tensor, *, with_maxima: bool = False) -> tuple[Tensor, list[int], list[int]]:
+        """`logits`, and what `find_peaks` finds in them: in one pass, where norm and head are C++.
+
+        Args:
+            with_maxima: `maxima_of` is asked next.
+        """
         if self.head is not None:
-            return self.head.run(hidden)
+            return self.head.run(hidden, with_maxima=with_maxima)
         logits = self.logits(hidden)
         return logits, *find_peaks(logits, self.kernels)
+
+    def maxima_of(self, logits: Tensor) -> GroupMaxima | None:
+        """Of what `logits_and_peaks` gave last, unchanged, where the head has kept them."""
+        return None if self.head is None else self.head.maxima_of(logits)
 
     def _attend(
         self, index: int, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, attention: LayerAttention

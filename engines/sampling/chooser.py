@@ -14,6 +14,7 @@ from engines.errors import KernelsUnavailable
 from engines.ext.library import Kernels
 from engines.sampling.choose import Filters, choose
 from engines.sampling.native import NativeChooser
+from engines.sampling.peaks import GroupMaxima
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,14 @@ logger = logging.getLogger(__name__)
 class TokenChooser(Protocol):
     """Owned by the engine thread. `row_idx` are the rows of `logits` `[any, vocab]` (fp32, no NaN) in question."""
 
-    def choose(self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64]) -> list[int]:
+    def choose(
+        self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64], maxima: GroupMaxima | None = None
+    ) -> list[int]:
         """A random token for each of `row_idx`.
 
         Args:
             columns: `[5, len(row_idx)]`: temperature, top_k (0 is off), top_p, min_p, uniform number.
+            maxima: of `logits`, where they are known: they only save time.
         """
 
     def score(
@@ -51,7 +55,9 @@ def find_chooser(kernels: Kernels | None) -> TokenChooser:
 class TorchChooser:
     """On whatever device the logits are."""
 
-    def choose(self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64]) -> list[int]:
+    def choose(
+        self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64], _: GroupMaxima | None = None
+    ) -> list[int]:
         chosen: list[int] = choose(_rows(logits, row_idx), Filters.of(columns)).tolist()
         return chosen
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_int64, c_void_p
-from functools import cache
 from typing import Final
 
 import numpy as np
@@ -12,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.errors import KernelsUnavailable
-from engines.ext.build import SAMPLING_SOURCES, build_library
+from engines.ext.build import SAMPLING_SOURCES, load_library
+from engines.sampling.peaks import GroupMaxima
 
-_CHOOSE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]
+_CHOOSE: Final[list[type]] = [c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int64]
 _SCORE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
 
 MAX_VOCAB_SIZE: Final = 2**19  # of more tokens the weights could be too large a sum (cpp/token_weights.h)
@@ -29,12 +27,14 @@ class NativeChooser:
     """
 
     def __init__(self) -> None:
-        library = _library()
+        library = load_library(SAMPLING_SOURCES)
         self._choose, self._score = library.choose_tokens, library.score_tokens
         self._choose.restype = self._score.restype = None
         self._choose.argtypes, self._score.argtypes = _CHOOSE, _SCORE
 
-    def choose(self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64]) -> list[int]:
+    def choose(
+        self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64], maxima: GroupMaxima | None = None
+    ) -> list[int]:
         address, num_rows, vocab_size = _checked(logits, row_idx)
         assert columns.shape == (5, num_rows), columns.shape
         assert columns.flags.c_contiguous
@@ -45,6 +45,7 @@ class NativeChooser:
             address,
             index.ctypes.data,
             columns.ctypes.data,
+            *_arguments(maxima, logits),
             ids.ctypes.data,
             torch.get_num_threads(),
         )
@@ -72,18 +73,19 @@ class NativeChooser:
         return ids.tolist(), logprobs.tolist()
 
 
+def _arguments(maxima: GroupMaxima | None, logits: Tensor) -> tuple[int | None, int, int]:
+    """Where the maxima are, how far apart those of rows are, of how many logits each is."""
+    if maxima is None:
+        return None, 0, 0
+    num_rows, stride = maxima.values.shape
+    assert num_rows == len(logits), (num_rows, len(logits))
+    assert stride * maxima.group >= logits.shape[1], (stride, maxima.group, logits.shape[1])
+    return maxima.values.ctypes.data, stride, maxima.group
+
+
 def _checked(logits: Tensor, row_idx: list[int]) -> tuple[int, int, int]:
     assert logits.is_contiguous()
     assert logits.dtype is torch.float32, logits.dtype
     assert logits.shape[1] <= MAX_VOCAB_SIZE, logits.shape
     assert 0 <= min(row_idx) <= max(row_idx) < len(logits), row_idx
     return logits.data_ptr(), len(row_idx), logits.shape[1]
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = build_library(SAMPLING_SOURCES)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(why=f"{path} does not load: {error}", hint="Delete it; it is built again.") from error

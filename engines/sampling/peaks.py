@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.ext.library import Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMaxima:
+    """The largest of each `group` neighbouring logits, the last group maybe shorter.
+
+    Attributes:
+        values: `[num_rows, num_groups or more]` fp32, C-contiguous; what is behind the groups means nothing.
+    """
+
+    values: NDArray[np.float32]
+    group: int
 
 
 def find_peaks(logits: Tensor, kernels: Kernels | None) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ from engines.sampling.adjust import adjust_logits
 from engines.sampling.chooser import find_chooser
 from engines.sampling.columns import FilterColumns
 from engines.sampling.constrain import Constrainer
-from engines.sampling.peaks import largest
+from engines.sampling.peaks import GroupMaxima, largest
 from engines.sampling.row import SamplingRow
 from kvstore.state.entries import TokenLogprobs
 
@@ -34,14 +34,26 @@ class Sampler:
         self._columns = FilterColumns()
         self._copy = torch.empty(0, 0)
 
+    def wants_maxima(self, rows: list[SamplingRow]) -> bool:
+        """Whether `sample` saves time by them: a choice is random, and no row is changed before."""
+        if all(row.is_plain for row in rows):
+            return False
+        is_changed = any(row.grammar is not None or row.needs_adjustment for row in rows)
+        return not is_changed and not all(row.params.is_greedy for row in rows)
+
     def sample(
-        self, logits: Tensor, rows: list[SamplingRow], peaks: list[int] | None = None
+        self,
+        logits: Tensor,
+        rows: list[SamplingRow],
+        peaks: list[int] | None = None,
+        maxima: GroupMaxima | None = None,
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """One token id per row, and its logprobs where the row asks for them.
 
         Args:
             logits: `[num_rows, vocab]` fp32 without NaN; not changed.
             peaks: `find_peaks` of them, where the caller has looked already.
+            maxima: of them, where the head has kept them.
         """
         if peaks is not None and all(row.is_plain for row in rows):
             return peaks, [None] * len(rows)
@@ -58,7 +70,8 @@ class Sampler:
         drawn = {i: row for i, row in enumerate(rows) if not row.params.is_greedy and i not in forced}
         if drawn:
             row_idx = list(drawn)
-            chosen = self._chooser.choose(adjusted, row_idx, self._columns.of(list(drawn.values())))
+            columns = self._columns.of(list(drawn.values()))
+            chosen = self._chooser.choose(adjusted, row_idx, columns, maxima if adjusted is logits else None)
             for i, token_id in zip(row_idx, chosen, strict=True):
                 token_ids[i] = token_id
         for i, token_id in forced.items():

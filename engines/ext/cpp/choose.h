@@ -1,8 +1,9 @@
 // The random choice of sampling/choose.py, a row at a time: top_k, top_p and min_p, then the inverse of the cumulative
 // distribution over tokens ordered by (logit, id).
 //
-// Nearly always a few of the likeliest decide. They are found by the maxima of groups of logits: whatever reaches the
-// n-th largest of those is a candidate, so there are at least n, and no token behind them equals one of them. What
+// Nearly always a few of the likeliest decide. They are found by the maxima of groups of neighbouring logits, which the
+// head knows (head.h), or a pass finds: whatever reaches the n-th largest of those is a candidate, so there are at least n,
+// and no token behind them equals one of them. Only groups with a candidate in them are looked at. What
 // depends on the weight of the whole row is decided with bounds of a sum in fp32; where the two differ, an exact sum
 // decides, and where the candidates do not reach, the whole row (choose_whole.h). All ways give the same token, since
 // weights are whole numbers (token_weights.h), and each row is decided by itself: neither the batch nor the number of
@@ -24,12 +25,18 @@ struct Filters {
   bool needs_total(int64_t size) const { return top_k >= size && (top_p < 1.0 || min_p <= 0.0); }
 };
 
+// The largest of each group of neighbouring logits, a row behind the other, `stride` apart; `group` 0: not known.
+struct Maxima {
+  const float* first = nullptr;
+  int64_t stride = 0, group = 0;
+};
+
 class RowChooser {
  public:
   // The chosen id. `row` holds no NaN.
-  int64_t choose(const float* row, int64_t size, const Filters& filters) {
+  int64_t choose(const float* row, int64_t size, const Filters& filters, const Maxima& maxima) {
     row_ = row, size_ = size;
-    find_maxima();
+    maxima.group ? take_maxima(maxima) : find_maxima();
     if (!std::isfinite(most_)) return std::find(row, row + size, most_) - row;
     const Weigher weigher(most_, filters.coldness);
     double low = 0, high = 0;
@@ -69,29 +76,40 @@ class RowChooser {
   }
 
  private:
-  static constexpr int64_t kGroups = 640;          // about so many maxima
+  static constexpr int64_t kGroup = 4 * kLanes;  // where the row itself is searched for maxima
+  static constexpr int64_t kRun = 64 * kLanes;
   static constexpr int64_t kFew = 32, kMany = 224;
   static constexpr double kMuch = 4;
   static constexpr double kFlat = 1024;  // candidates weigh 1 at most, and the first are some fifty
   static constexpr size_t kMostCandidates = 2048;  // with more, looking at the whole row costs less
-  // Of rough_total: its power, an argument in fp32 (2e-5), at most 2^9 additions of fp32 in a row (3e-5).
+  // Of rough_total: its power, an argument in fp32 (2e-5), at most 2^6 additions of fp32 in a row (3e-5).
   static constexpr double kSlack = 2e-4;
 
-  // Maxima of groups: lane by lane over runs of vectors.
   void find_maxima() {
-    run_ = std::min<int64_t>(std::max<int64_t>(size_ / kGroups, 4), 512) * kLanes;
-    maxima_.clear();
-    most_ = -INFINITY;
-    const int64_t whole = size_ - size_ % kLanes;
-    for (int64_t lo = 0; lo < whole; lo += run_) {
-      Vec best = load(row_ + lo);
-      for (int64_t i = lo + kLanes; i < std::min(lo + run_, whole); i += kLanes) best = max(best, load(row_ + i));
-      const size_t at = maxima_.size();
-      maxima_.resize(at + kLanes);
-      store(&maxima_[at], best);
+    group_ = kGroup;
+    const int64_t whole = size_ / kGroup;
+    maxima_.resize((size_ + kGroup - 1) / kGroup);
+    for (int64_t g = 0; g < whole; g++) {
+      const float* from = row_ + g * kGroup;
+      maxima_[g] = max(max(max(load(from), load(from + kLanes)), max(load(from + 2 * kLanes), load(from + 3 * kLanes))));
     }
-    maxima_.insert(maxima_.end(), row_ + whole, row_ + size_);
-    for (const float each : maxima_) most_ = each > most_ ? each : most_;
+    if (size_ % kGroup) maxima_[whole] = *std::max_element(row_ + whole * kGroup, row_ + size_);
+    find_most();
+  }
+
+  void take_maxima(const Maxima& maxima) {
+    group_ = maxima.group;
+    maxima_.resize((size_ + group_ - 1) / group_);
+    std::copy_n(maxima.first, maxima_.size(), maxima_.begin());
+    find_most();
+  }
+
+  void find_most() {
+    const int64_t num = static_cast<int64_t>(maxima_.size()), whole = num - num % kLanes;
+    Vec most = splat(-INFINITY);
+    for (int64_t g = 0; g < whole; g += kLanes) most = max(most, load(&maxima_[g]));
+    most_ = max(most);
+    for (int64_t g = whole; g < num; g++) most_ = std::max(most_, maxima_[g]);
   }
 
   // 2^y for y <= 0 by the Taylor polynomial of its fraction, whose error for |f| <= 1/2 is below 7e-5.
@@ -120,9 +138,9 @@ class RowChooser {
     const float scale = static_cast<float>(coldness * kOctaves);
     const int64_t whole = size_ - size_ % kLanes;
     double total = 0;
-    for (int64_t lo = 0; lo < whole; lo += run_) {
+    for (int64_t lo = 0; lo < whole; lo += kRun) {
       Vec part = {};
-      for (int64_t i = lo; i < std::min(lo + run_, whole); i += kLanes) part += rough_power((load(row_ + i) - most_) * scale);
+      for (int64_t i = lo; i < std::min(lo + kRun, whole); i += kLanes) part += rough_power((load(row_ + i) - most_) * scale);
       total += sum(part);
     }
     for (int64_t i = whole; i < size_; i++) total += std::exp2((row_[i] - most_) * scale);
@@ -132,11 +150,11 @@ class RowChooser {
   // At temperature 1, as exact as one exp in fp32.
   double fine_total() const {
     const int64_t whole = size_ - size_ % kLanes;
-    constexpr int64_t kRun = 8 * kLanes;
+    constexpr int64_t kShort = 8 * kLanes;
     double total = 0;
-    for (int64_t lo = 0; lo < whole; lo += kRun) {
+    for (int64_t lo = 0; lo < whole; lo += kShort) {
       Vec part = {};
-      for (int64_t i = lo; i < std::min(lo + kRun, whole); i += kLanes) part += exp(load(row_ + i) - most_);
+      for (int64_t i = lo; i < std::min(lo + kShort, whole); i += kLanes) part += exp(load(row_ + i) - most_);
       total += sum(part);
     }
     for (int64_t i = whole; i < size_; i++) total += std::exp(row_[i] - most_);
@@ -152,23 +170,52 @@ class RowChooser {
     return static_cast<double>(total);
   }
 
-  // All that reach the `wanted`-th largest maximum, in no order. False: too many, or nothing is gained by it.
-  bool collect(size_t wanted) {
-    if (wanted >= maxima_.size() / 2) return size_ <= static_cast<int64_t>(kMostCandidates) && collect_all();
-    sorted_ = maxima_;
+  // All that reach the `wanted`-th largest maximum, or one a little less, in no order. False: too many, or nothing is
+  // gained by it.
+  bool collect(int64_t wanted) {
+    const int64_t num = static_cast<int64_t>(maxima_.size());
+    if (wanted >= num / 2) return size_ <= static_cast<int64_t>(kMostCandidates) && collect_all();
+    // Of maxima far more than wanted the largest of some are as good, and are sorted sooner.
+    const int64_t few = std::clamp(num / kLanes * kLanes, int64_t{0}, std::max<int64_t>(8 * wanted, 64) / kLanes * kLanes);
+    sorted_.assign(maxima_.begin(), maxima_.begin() + few);
+    int64_t at = few;
+    for (; few > 0 && at + few <= num; at += few)
+      for (int64_t i = 0; i < few; i += kLanes) store(&sorted_[i], max(load(&sorted_[i]), load(&maxima_[at + i])));
+    sorted_.insert(sorted_.end(), maxima_.begin() + at, maxima_.end());
     std::nth_element(sorted_.begin(), sorted_.begin() + wanted - 1, sorted_.end(), std::greater<float>());
     const float least = sorted_[wanted - 1];
-    const int64_t whole = size_ - size_ % kLanes;
+    find_groups(least);
+    if (groups_.size() > kMostCandidates) return false;
     candidates_.clear();
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      if (!any(load(row_ + i) >= least)) continue;
+    for (const int64_t g : groups_) {
       if (candidates_.size() > kMostCandidates) return false;
-      for (int64_t k = i; k < i + kLanes; k++)
+      int64_t k = g * group_;
+      const int64_t end = std::min(k + group_, size_);
+      for (; k + kLanes <= end; k += kLanes)
+        for (uint32_t reached = Lanes::from(load(row_ + k), least).bits; reached; reached &= reached - 1) {
+          const int64_t id = k + std::countr_zero(reached);
+          candidates_.push_back(ranked(row_[id], id));
+        }
+      for (; k < end; k++)
         if (row_[k] >= least) candidates_.push_back(ranked(row_[k], k));
     }
-    for (int64_t k = whole; k < size_; k++)
-      if (row_[k] >= least) candidates_.push_back(ranked(row_[k], k));
     return true;
+  }
+
+  // Those with a logit of at least `least`, fetched from memory meanwhile.
+  void find_groups(float least) {
+    const int64_t num = static_cast<int64_t>(maxima_.size());
+    groups_.clear();
+    const auto add = [&](int64_t g) {
+      groups_.push_back(g);
+      for (int64_t k = 0; k < group_; k += 16) __builtin_prefetch(row_ + g * group_ + k);
+    };
+    int64_t g = 0;
+    for (; g + kLanes <= num; g += kLanes)
+      for (uint32_t reached = Lanes::from(load(&maxima_[g]), least).bits; reached; reached &= reached - 1)
+        add(g + std::countr_zero(reached));
+    for (; g < num; g++)
+      if (maxima_[g] >= least) add(g);
   }
 
   bool collect_all() {
@@ -246,18 +293,20 @@ class RowChooser {
   }
 
   const float* row_ = nullptr;
-  int64_t size_ = 0, run_ = kLanes;
+  int64_t size_ = 0, group_ = kGroup;
   float most_ = 0;
   int64_t held_ = 0;  // the weight of all candidates
   std::vector<float> maxima_, sorted_, logits_;
+  std::vector<int64_t> groups_;
   std::vector<uint64_t> candidates_;
   std::vector<int64_t> weights_;
   WholeRow whole_;
 };
 
 // Rows of `logits` by `row_idx`; `columns`: temperature, top_k (0 is off), top_p, min_p and uniform, `num_rows` of each.
+// `maxima`: of all rows of `logits`.
 inline void choose_tokens(int64_t num_rows, int64_t size, const float* logits, const int64_t* row_idx,
-                          const double* columns, int64_t* ids, int64_t num_threads) {
+                          const double* columns, const Maxima& maxima, int64_t* ids, int64_t num_threads) {
   const int64_t threads = std::min(num_rows, num_rows * size < (1 << 15) ? 1 : num_threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (int64_t r = 0; r < num_rows; r++) {
@@ -265,7 +314,8 @@ inline void choose_tokens(int64_t num_rows, int64_t size, const float* logits, c
     const double top_k = columns[num_rows + r];
     const Filters filters{1.0 / columns[r], columns[2 * num_rows + r], columns[3 * num_rows + r], columns[4 * num_rows + r],
                           top_k > 0 && top_k < size ? static_cast<int64_t>(top_k) : size};
-    ids[r] = chooser.choose(logits + row_idx[r] * size, size, filters);
+    const Maxima own{maxima.first + row_idx[r] * maxima.stride, maxima.stride, maxima.group};
+    ids[r] = chooser.choose(logits + row_idx[r] * size, size, filters, own);
   }
 }
 

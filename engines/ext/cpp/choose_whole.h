@@ -43,6 +43,10 @@ struct Lanes {
 #if defined(__AVX512F__)
   __mmask16 bits;
 
+  static Lanes from(Vec v, float least) {
+    return {_mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(least), _CMP_GE_OQ)};
+  }
+
   static Lanes above(Vec v, float least) {
     return {_mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(least), _CMP_GT_OQ)};
   }
@@ -54,6 +58,12 @@ struct Lanes {
   }
 #else
   uint32_t bits;
+
+  static Lanes from(Vec v, float least) {
+    Lanes found{0};
+    for (int lane = 0; lane < kLanes; lane++) found.bits |= static_cast<uint32_t>(v[lane] >= least) << lane;
+    return found;
+  }
 
   static Lanes above(Vec v, float least) {
     Lanes found{0};

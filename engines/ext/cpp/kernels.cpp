@@ -65,8 +65,8 @@ int attend(const Step& step, int64_t layer, int64_t head_dim, const T* q, int64_
     return celeriac::run_layers(*stack, *step, lo, hi, ids, positions, hidden) ? 0 : -1;                             \
   }                                                                                                                  \
   extern "C" void run_head_##NAME(const Head* head, int64_t rows, T* hidden, float* logits, int64_t* ids,            \
-                                  bool* is_nan, int64_t num_threads) {                                               \
-    celeriac::run_head(*head, rows, hidden, logits, ids, is_nan, num_threads);                                       \
+                                  bool* is_nan, float* maxima, int64_t stride, int64_t num_threads) {                \
+    celeriac::run_head(*head, rows, hidden, logits, ids, is_nan, maxima, stride, num_threads);                       \
   }                                                                                                                  \
   extern "C" int64_t packed_size_##NAME(int64_t num_in, int64_t num_out) {                                           \
     return celeriac::num_panels(num_out) * celeriac::panel_size<T>(num_in) * celeriac::Pairs<T>::kPair;              \
@@ -104,6 +104,9 @@ extern "C" int64_t has_emulated_tiles() {
   return 0;
 #endif
 }
+
+// So many neighbouring logits have one entry in the `maxima` of run_head.
+extern "C" int64_t head_group() { return celeriac::kColumns; }
 
 extern "C" void find_peaks(int64_t num_rows, int64_t size, const float* logits, int64_t* ids, bool* is_nan,
                            int64_t num_threads) {

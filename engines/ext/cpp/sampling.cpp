@@ -3,8 +3,9 @@
 #include "choose.h"
 
 extern "C" void choose_tokens(int64_t num_rows, int64_t size, const float* logits, const int64_t* row_idx,
-                              const double* columns, int64_t* ids, int64_t num_threads) {
-  celeriac::choose_tokens(num_rows, size, logits, row_idx, columns, ids, num_threads);
+                              const double* columns, const float* maxima, int64_t stride, int64_t group, int64_t* ids,
+                              int64_t num_threads) {
+  celeriac::choose_tokens(num_rows, size, logits, row_idx, columns, {maxima, stride, group}, ids, num_threads);
 }
 
 extern "C" void score_tokens(int64_t num_rows, int64_t size, const float* logits, const int64_t* row_idx,

@@ -139,12 +139,23 @@ inline bool any(VecI lanes) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// The second where either is NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline float max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float best = v[0];
   for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
 // e^x, within 2 ulp on [-87, 88] and clamped outside; exp(0) is exactly 1; NaN stays NaN. Polynomial as in Cephes.

@@ -81,8 +81,8 @@ class Recorder(LlamaModel):
         self._last = super().logits(hidden)
         return self._last
 
-    def logits_and_peaks(self, hidden: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        found = super().logits_and_peaks(hidden)
+    def logits_and_peaks(self, hidden: Tensor, *, with_maxima: bool = False) -> tuple[Tensor, list[int], list[int]]:
+        found = super().logits_and_peaks(hidden, with_maxima=with_maxima)
         self._last = found[0]
         return found
 

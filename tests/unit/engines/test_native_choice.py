@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engines.sampling.chooser import TorchChooser
 from engines.sampling.native import NativeChooser
+from engines.sampling.peaks import GroupMaxima
 
 NATIVE, TORCH = NativeChooser(), TorchChooser()
 NO_FILTER = (1.0, 0.0, 1.0, 0.0)  # temperature, top_k, top_p, min_p
@@ -117,6 +118,19 @@ def test_a_row_gets_the_same_token_in_any_slot_and_with_any_number_of_threads() 
             assert NATIVE.choose(logits, rows, columns) == alone == backwards[::-1]
     finally:
         torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 40, 259, 2560, 50_257])
+@pytest.mark.parametrize("group", [8, 32])
+def test_maxima_that_are_known_change_no_choice(vocab_size: int, group: int) -> None:
+    num_rows, num_groups = 60, -(-vocab_size // group)
+    logits, columns = random_logits(num_rows, vocab_size, 6), random_columns(num_rows, 6)
+    padded = torch.nn.functional.pad(logits, (0, num_groups * group - vocab_size), value=-torch.inf)
+    values = torch.full((num_rows, num_groups + 3), torch.nan)
+    values[:, :num_groups] = padded.view(num_rows, num_groups, group).amax(-1)
+    rows = list(range(num_rows))[::-2]
+    chosen = NATIVE.choose(logits, rows, columns[:, rows].copy(), GroupMaxima(values.numpy(), group))
+    assert chosen == NATIVE.choose(logits, rows, columns[:, rows].copy())
 
 
 @pytest.mark.parametrize(("vocab_size", "num_top"), [(3, 20), (259, 0), (259, 5), (5003, 20), (5003, 400)])

@@ -50,11 +50,18 @@ def test_one_call_equals_norm_head_and_peaks_with_many_ties(
     hidden = torch.randn(num_rows, HIDDEN, generator=generator).to(dtype)
     torch.set_num_threads(num_threads)
 
-    logits, ids, broken = head.run(hidden)
+    logits, ids, broken = head.run(hidden, with_maxima=True)
 
     kernels = load_kernels(dtype)
     assert torch.equal(logits, linear.wide(NativeRowOps(kernels).norm(hidden, norm, EPS)))
     assert (ids, broken) == find_peaks(logits, None) == find_peaks(logits, kernels)
+    maxima = head.maxima_of(logits)
+    assert maxima is not None
+    for lo in range(0, vocab_size, maxima.group):
+        largest = logits[:, lo : lo + maxima.group].amax(-1)
+        assert torch.equal(torch.from_numpy(maxima.values[:, lo // maxima.group]), largest)
+    assert head.maxima_of(logits.clone()) is None
+    assert head.maxima_of(head.run(hidden)[0]) is None
 
 
 @pytest.mark.parametrize("quantization", [INT8, Quantization(bits=4, group=32)])

@@ -14,6 +14,8 @@ from engines.ext import build, library
 from engines.ext.row_ops import NativeRowOps
 from engines.linear.choose import choose_linear
 from engines.models.row_ops import TorchRowOps
+from kvstore.errors import NativeUnavailable
+from kvstore.native import load_library
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -99,17 +101,32 @@ def test_a_failing_compiler_costs_one_log_line_unless_kernels_were_asked_for_by_
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library._library.cache_clear()
+    load_library.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             assert library.find_kernels("auto", dtype=torch.float32, device="cpu") is None
         with pytest.raises(KernelsUnavailable, match="no such CPU"):
             library.find_kernels("native", dtype=torch.float32, device="cpu")
     finally:
-        library._library.cache_clear()
+        load_library.cache_clear()
 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "run on torch" in caplog.text
+
+
+def test_a_file_that_is_no_library_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho code > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_library.cache_clear()
+    try:
+        for load, error in ((build.load_library, KernelsUnavailable), (load_library, NativeUnavailable)):
+            with pytest.raises(error, match=r"kernels/\w+\.so does not load: .* Delete it; it is built again\."):
+                load(build.SOURCES)
+    finally:
+        load_library.cache_clear()
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

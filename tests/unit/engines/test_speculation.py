@@ -188,7 +188,7 @@ def test_an_output_that_is_nan_behind_a_wrong_guess_is_nobodys_concern(loop: Loo
     guesser = Corrupting({plain.seq_id: plain.output_token_ids}, seed=1)
     logits_of = loop.runner._model.logits_and_peaks
 
-    def broken_behind_guesses(hidden: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    def broken_behind_guesses(hidden: torch.Tensor, **_: bool) -> tuple[torch.Tensor, list[int], list[int]]:
         logits = logits_of(hidden)[0]
         logits[1:] = float("nan")
         return logits, *find_peaks(logits, None)

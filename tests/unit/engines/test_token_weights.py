@@ -27,7 +27,7 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     flags = (*FLAGS, f"-march={request.param}", "-fno-gnu-unique")
     library = ctypes.CDLL(str(build_library(Sources(SAMPLING_SOURCES.folder, SAMPLING_SOURCES.main, flags))))
     library.weigh_row.argtypes = [c_int64, c_void_p, c_float, c_double, c_void_p]
-    library.choose_tokens.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]
+    library.choose_tokens.argtypes = [c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int64]
     library.weigh_row.restype = library.choose_tokens.restype = None
     return library
 
@@ -42,7 +42,7 @@ def chosen(library: ctypes.CDLL, logits: Tensor, columns: NDArray[np.float64]) -
     num_rows, vocab_size = logits.shape
     index, ids = np.arange(num_rows), np.empty(num_rows, dtype=np.int64)
     library.choose_tokens(
-        num_rows, vocab_size, logits.data_ptr(), index.ctypes.data, columns.ctypes.data, ids.ctypes.data, 1
+        num_rows, vocab_size, logits.data_ptr(), index.ctypes.data, columns.ctypes.data, None, 0, 0, ids.ctypes.data, 1
     )
     return list(ids.tolist())
 
