@@ -44,7 +44,7 @@ def end(protocol: str, tmp_path: Path) -> Iterator[BouncedEnd]:
 def writer(end: BouncedEnd, protocol: str, tmp_path: Path) -> Iterator[Child]:
     """A writer process that holds a grant of blocks 10..17 here and has pushed a part."""
     with Child("bounced-writer", protocol, str(tmp_path), end.address) as child:
-        end.node.grant(end.wait(ReserveRequested, timeout_s=30), list(range(10, 18)))
+        end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
         assert child.read_event() == "GrantReceived"
         yield child
 
@@ -69,7 +69,7 @@ def test_a_receiver_that_is_gone_gives_the_writer_its_slots_back(
 ) -> None:
     with Child("bounced-receiver", protocol, str(tmp_path)) as child:
         end.reserve(child.address, "w:1", 4)
-        end.wait(GrantReceived, timeout_s=30)
+        end.wait(GrantReceived, timeout_s=120)
         for _ in range(50):
             end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
         time.sleep(0.01)

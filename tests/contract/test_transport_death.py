@@ -33,7 +33,7 @@ def end(protocol: str, tmp_path: Path) -> Iterator[End]:
 def writer(end: End, protocol: str, tmp_path: Path) -> Iterator[Child]:
     """A writer process that holds a grant of blocks 10..17 here and has pushed a part."""
     with Child("writer", protocol, str(tmp_path), end.address) as child:
-        end.node.grant(end.wait(ReserveRequested, timeout_s=20), list(range(10, 18)))
+        end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
         assert child.read_event() == "GrantReceived"
         yield child
 

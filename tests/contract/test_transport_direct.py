@@ -238,7 +238,7 @@ def test_nothing_of_a_killed_writer_lands_after_its_pages_came_back(tmp_path: Pa
     end = DirectEnd("here", str(tmp_path))
     try:
         with Child(role, "rdma", str(tmp_path), end.address) as child:
-            end.node.grant(end.wait(ReserveRequested, timeout_s=30), list(range(10, 18)))
+            end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
             assert child.read_event() == "GrantReceived"
             child.tell("push")
             time.sleep(0.1)
@@ -258,7 +258,7 @@ def test_a_receiver_that_is_gone_fails_the_push(tmp_path: Path, way: str) -> Non
     try:
         with Child("direct-receiver", "rdma", str(tmp_path)) as child:
             end.reserve(child.address, "w:1", 4)
-            end.wait(GrantReceived, timeout_s=30)
+            end.wait(GrantReceived, timeout_s=120)
             for _ in range(50):
                 end.node.push("w:1", [(place, place) for place in range(4)], 0, NUM_LAYERS)
             if way == "killed":

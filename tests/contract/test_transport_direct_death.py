@@ -51,7 +51,7 @@ def end(tmp_path: Path) -> Iterator[DirectEnd]:
 def writer(end: DirectEnd, tmp_path: Path) -> Iterator[Child]:
     """A writer process that holds a grant of blocks 10..17 here and has pushed a part."""
     with Child("direct-writer", "rdma", str(tmp_path), end.address) as child:
-        end.node.grant(end.wait(ReserveRequested, timeout_s=30), list(range(10, 18)))
+        end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
         assert child.read_event() == "GrantReceived"
         yield child
 
@@ -64,7 +64,7 @@ def test_silence_ends_a_link_only_where_our_end_is_the_proof(tmp_path: Path, is_
     end.inner._context.rdma.is_proof = is_proof
     try:
         with Child("direct-writer", "rdma", str(tmp_path), end.address) as child:
-            end.node.grant(end.wait(ReserveRequested, timeout_s=30), list(range(10, 18)))
+            end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
             assert child.read_event() == "GrantReceived"
             child.signal(signal.SIGSTOP)
             if not is_proof:

@@ -158,7 +158,7 @@ def test_nothing_of_a_killed_writer_lands_after_its_pages_came_back(tmp_path: Pa
     end = End("here", str(tmp_path), ["rdma"])
     try:
         with Child("writer", "rdma", str(tmp_path), end.address) as child:
-            end.node.grant(end.wait(ReserveRequested, timeout_s=20), list(range(10, 18)))
+            end.node.grant(end.wait(ReserveRequested, timeout_s=120), list(range(10, 18)))
             assert child.read_event() == "GrantReceived"
             child.tell("push")
             time.sleep(0.1)

@@ -38,14 +38,14 @@ class Process:
             network.command(side, *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
         )
         self._unread = b""
-        self.address: str = self._line(20)["address"]
+        self.address: str = self._line(120)["address"]
 
     def tell(self, words: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(words.encode() + b"\n")
         self._process.stdin.flush()
 
-    def wait(self, event: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
+    def wait(self, event: str, *, timeout_s: float = 60.0) -> dict[str, Any]:
         """The next event of this name; others are skipped."""
         ends_s = time.monotonic() + timeout_s
         while True:
