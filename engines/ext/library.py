@@ -35,7 +35,7 @@ _SIGNATURES: Final[dict[str, tuple[type[c_int] | type[c_int64] | None, list[type
     "linear": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "linear_wide": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "run_layers": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
-    "run_head": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
+    "run_head": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "rotate": (None, [c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]),
 }
 _FIND_PEAKS: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
@@ -55,6 +55,8 @@ class Kernels:
         self.run_head = _function(library, "run_head", dtype)
         self.find_peaks = library.find_peaks  # of fp32 logits, whatever the dtype of the model
         self.find_peaks.restype, self.find_peaks.argtypes = None, _FIND_PEAKS
+        library.head_group.restype, library.head_group.argtypes = c_int64, []
+        self.head_group = int(library.head_group())
         self.find_amx, self.try_amx = library.find_amx, library.try_amx
         self.amx_equals_emulation, self.has_emulated_tiles = library.amx_equals_emulation, library.has_emulated_tiles
         for asked in (self.find_amx, self.try_amx, self.amx_equals_emulation, self.has_emulated_tiles):

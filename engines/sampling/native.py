@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.ext.build import SAMPLING_SOURCES, load_library
+from engines.sampling.peaks import GroupMaxima
 
-_CHOOSE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]
+_CHOOSE: Final[list[type]] = [c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int64]
 _SCORE: Final[list[type]] = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
 
 MAX_VOCAB_SIZE: Final = 2**19  # of more tokens the weights could be too large a sum (cpp/token_weights.h)
@@ -31,7 +32,9 @@ class NativeChooser:
         self._choose.restype = self._score.restype = None
         self._choose.argtypes, self._score.argtypes = _CHOOSE, _SCORE
 
-    def choose(self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64]) -> list[int]:
+    def choose(
+        self, logits: Tensor, row_idx: list[int], columns: NDArray[np.float64], maxima: GroupMaxima | None = None
+    ) -> list[int]:
         address, num_rows, vocab_size = _checked(logits, row_idx)
         assert columns.shape == (5, num_rows), columns.shape
         assert columns.flags.c_contiguous
@@ -42,6 +45,7 @@ class NativeChooser:
             address,
             index.ctypes.data,
             columns.ctypes.data,
+            *_arguments(maxima, logits),
             ids.ctypes.data,
             torch.get_num_threads(),
         )
@@ -67,6 +71,16 @@ class NativeChooser:
             torch.get_num_threads(),
         )
         return ids.tolist(), logprobs.tolist()
+
+
+def _arguments(maxima: GroupMaxima | None, logits: Tensor) -> tuple[int | None, int, int]:
+    """Where the maxima are, how far apart those of rows are, of how many logits each is."""
+    if maxima is None:
+        return None, 0, 0
+    num_rows, stride = maxima.values.shape
+    assert num_rows == len(logits), (num_rows, len(logits))
+    assert stride * maxima.group >= logits.shape[1], (stride, maxima.group, logits.shape[1])
+    return maxima.values.ctypes.data, stride, maxima.group
 
 
 def _checked(logits: Tensor, row_idx: list[int]) -> tuple[int, int, int]:
