@@ -193,6 +193,7 @@ async def read_streams(
             await asyncio.sleep(after_s)
             limits = [int(body["max_tokens"]) for body in bodies]
             while not are_in_midst([len(stream.token_ids[0]) for stream in streams], limits, after_tokens):
+                assert not all(task.done() for task in tasks), f"all streams ended early: {streams}"
                 await asyncio.sleep(0.005)
             await asyncio.to_thread(meanwhile)
         return list(await asyncio.gather(*tasks))
