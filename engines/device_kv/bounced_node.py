@@ -17,24 +17,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from engines.device_kv.copies import Copies
 from engines.device_kv.landings import Landings
 from engines.device_kv.lane import Lane
+from engines.device_kv.port_around import PortAround
 from engines.device_kv.pushes import Pairs, Pushes
 from engines.device_kv.slot_pool import Direction, SlotPool
 from kvstore.address import KVAddress
 from kvstore.blocks import OutOfBlocks
-from kvstore.link_report import LinkReport
-from kvstore.overdue import OverdueWriter
 from kvstore.transport import (
     Arrived,
     BlocksFree,
     Event,
-    FetchRequested,
     GrantRefused,
     Handed,
     KVPort,
@@ -49,7 +47,7 @@ NO_SLOTS: Final = "no_slots"  # every slot is taken just now
 TOO_LARGE: Final = "too_large"  # no transfer of so many blocks ever gets its slots
 
 
-class BouncedNode:
+class BouncedNode(PortAround):
     """A `KVPort`. All methods are for the engine thread.
 
     Args:
@@ -68,7 +66,7 @@ class BouncedNode:
         block_size: int,
         make_lane: Callable[[str, Callable[[Exception], None]], Lane],
     ) -> None:
-        self._node = node
+        super().__init__(node)
         self._slots = slots
         self._saving = make_lane("kv-copy-out", self._failed)
         self._loading = make_lane("kv-copy-in", self._failed)
@@ -84,14 +82,6 @@ class BouncedNode:
     def divert(self, takes: Callable[[Event], bool]) -> None:
         """As `KVNode.divert`, of arrivals only: in the incoming lane, once they are copied."""
         self._takes = takes
-
-    @property
-    def num_layers(self) -> int:
-        return self._node.num_layers
-
-    @property
-    def wake_fd(self) -> int:
-        return self._node.wake_fd
 
     def start(self) -> KVAddress:
         self._saving.start()
@@ -124,7 +114,7 @@ class BouncedNode:
             self._tell(GrantRefused(xfer, TOO_LARGE, text))
             return
         self._pushes.add(xfer, num_blocks)
-        self._node.reserve(
+        super().reserve(
             target,
             xfer,
             rid=rid,
@@ -147,12 +137,6 @@ class BouncedNode:
     def abandon(self, xfer: str) -> None:
         self._pushes.drop(xfer)
         self._node.abandon(xfer)
-
-    def fetch(self, holder: KVAddress, name: str, keys: Sequence[bytes], *, first: int) -> None:
-        self._node.fetch(holder, name, keys, first=first)
-
-    def decline(self, request: FetchRequested) -> None:
-        self._node.decline(request)
 
     # ---------------------------------------------------------------- receiver
     def grant(self, request: ReserveRequested, blocks: list[int] | None, reason: str = "") -> None:
@@ -187,22 +171,10 @@ class BouncedNode:
             told.append(self._final(self._ready.popleft()))
         return told
 
-    def grants(self) -> dict[str, int]:
-        return self._node.grants()
-
-    def overdue_writers(self) -> tuple[OverdueWriter, ...]:
-        return self._node.overdue_writers()
-
     def counters(self) -> dict[str, float]:
         """Those of the node, and: bounce_waits (pushes that waited for slots), bounce_refusals (grants without)."""
         mine = {"bounce_waits": float(self._pushes.num_waited), "bounce_refusals": float(self._num_refused)}
         return {**self._node.counters(), **mine}
-
-    def links(self) -> tuple[LinkReport, ...]:
-        return self._node.links()
-
-    def rejects(self) -> dict[str, int]:
-        return self._node.rejects()
 
     def check_invariants(self) -> None:
         """Of the node, and: each slot is free or of one transfer. Raises AssertionError."""

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from engines.device_kv.gates import Gate, wait_for
 from engines.device_kv.lane import Lane
+from engines.device_kv.port_around import PortAround
 from kvstore.address import KVAddress
-from kvstore.link_report import LinkReport
-from kvstore.overdue import OverdueWriter
-from kvstore.transport import Event, FetchRequested, KVPort, ReserveRequested, TransportError
+from kvstore.transport import Event, KVPort, ReserveRequested, TransportError
 
 
-class DirectNode:
+class DirectNode(PortAround):
     """A `KVPort`. All methods are for the engine thread.
 
     Args:
@@ -40,23 +39,12 @@ class DirectNode:
         gate: Callable[[], Gate],
         make_lane: Callable[[str, Callable[[Exception], None]], Lane],
     ) -> None:
-        self._node = node
+        super().__init__(node)
         self._gate = gate
         self._lane = make_lane("kv-gates", self._failed)
         self._failure: Exception | None = None
 
     # ---------------------------------------------------------------- life
-    def divert(self, takes: Callable[[Event], bool]) -> None:
-        self._node.divert(takes)
-
-    @property
-    def num_layers(self) -> int:
-        return self._node.num_layers
-
-    @property
-    def wake_fd(self) -> int:
-        return self._node.wake_fd
-
     def start(self) -> KVAddress:
         self._lane.start()
         return self._node.start()
@@ -67,31 +55,6 @@ class DirectNode:
         self._node.stop()
 
     # ---------------------------------------------------------------- writer
-    def reserve(
-        self,
-        target: KVAddress,
-        xfer: str,
-        *,
-        rid: str,
-        epoch: int,
-        token: str,
-        num_blocks: int,
-        deadline_s: float,
-        num_tokens: int = 0,
-        group: str = "",
-    ) -> None:
-        self._node.reserve(
-            target,
-            xfer,
-            rid=rid,
-            epoch=epoch,
-            token=token,
-            num_blocks=num_blocks,
-            deadline_s=deadline_s,
-            num_tokens=num_tokens,
-            group=group,
-        )
-
     def push(self, xfer: str, pairs: list[tuple[int, int]], layer_lo: int, layer_hi: int) -> None:
         """As `KVNode.push`, of what the engine thread has asked the device to compute so far."""
         taken = list(pairs)
@@ -103,12 +66,6 @@ class DirectNode:
 
     def abandon(self, xfer: str) -> None:
         self._lane.submit(lambda: self._node.abandon(xfer))
-
-    def fetch(self, holder: KVAddress, name: str, keys: Sequence[bytes], *, first: int) -> None:
-        self._node.fetch(holder, name, keys, first=first)
-
-    def decline(self, request: FetchRequested) -> None:
-        self._node.decline(request)
 
     # ---------------------------------------------------------------- receiver
     def grant(self, request: ReserveRequested, blocks: list[int] | None, reason: str = "") -> None:
@@ -129,24 +86,6 @@ class DirectNode:
         if self._failure is not None:
             raise TransportError("waiting for the device of the KV failed; restart this engine") from self._failure
         return events
-
-    def grants(self) -> dict[str, int]:
-        return self._node.grants()
-
-    def overdue_writers(self) -> tuple[OverdueWriter, ...]:
-        return self._node.overdue_writers()
-
-    def counters(self) -> dict[str, float]:
-        return self._node.counters()
-
-    def links(self) -> tuple[LinkReport, ...]:
-        return self._node.links()
-
-    def rejects(self) -> dict[str, int]:
-        return self._node.rejects()
-
-    def check_invariants(self) -> None:
-        self._node.check_invariants()
 
     # ---------------------------------------------------------------- private
     def _behind_gate(self, action: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,17 @@ import configs
 from engines.build import build_engine
 from engines.device_kv.bounced_node import BouncedNode
 from engines.errors import BounceTooSmall, DeviceUnavailable
-from engines.messages import Arrived, Drop, Peers, Target
+from engines.messages import Arrived, Drop
 from engines.process import EngineConfig
 from tests.cluster import TINY_CHAT
 from tests.contract.transport_helpers import PROTOCOLS
 from tests.engine_pair import SECRET, EnginePair
+from tests.integration.device_kv_scenarios import (
+    MakePair,
+    evicted_prefixes_come_back,
+    prefixes_are_written_back_and_fetched,
+    swapped_sequences_come_back,
+)
 from tests.integration.test_engine_handoff import (
     PROMPTS,
     test_a_poisoned_block_tail_never_leaves_the_prefill_worker,
@@ -39,7 +44,6 @@ __all__ = [
 
 BOUNCE, NONE = {"kv.bounce_bytes": "32MiB"}, {"kv.bounce_bytes": "0B"}
 MIXES = {"both": (BOUNCE, BOUNCE), "prefill": (BOUNCE, NONE), "decode": (NONE, BOUNCE)}
-MakePair = Callable[..., EnginePair]
 
 
 def bounced_nodes(pair: EnginePair) -> list[BouncedNode]:
@@ -133,70 +137,17 @@ def _refuse(pair: EnginePair) -> Callable[[Arrived], bool]:
 
 
 def test_an_evicted_prefix_spills_from_the_device_and_comes_back_from_host_memory_and_disk(make_pair: MakePair) -> None:
-    small = {"model.max_model_len": "512", "kv.num_blocks": "16", **BOUNCE}
-    tiers = {"kv.host_cache_bytes": "32MiB", "kv.disk_cache_bytes": "64MiB"}
-    prompts = {name: random.Random(name).choices(range(3, 500), k=300) for name in "abc"}
-
-    def answers(pair: EnginePair, round_: str) -> dict[str, list[int]]:
-        found = {}
-        for name, prompt in prompts.items():
-            rid = name + round_
-            pair.add(rid, prompt, max_tokens=12, ignore_eos=True)
-            pair.run(lambda rid=rid: (rid, 0) in pair.decode.finished)  # type: ignore[misc]
-            found[name] = pair.output(rid)
-        check_slots(pair)
-        return found
-
-    expected = answers(make_pair(flags={**small, **NONE, "kv.enable_prefix_caching": "false"}), "0")
-    pair = make_pair(flags={**small, **tiers})
-    assert answers(pair, "1") == expected
-    assert answers(pair, "2") == expected
-    counters = pair.prefill.engine.core.stats().counters
-    assert counters["tier_spilled_blocks"] > 0
-    assert counters["tier_restored_blocks"] > 0
-    assert counters["tier_damaged_blocks"] == 0
+    evicted_prefixes_come_back(make_pair, BOUNCE, NONE, check_slots)
 
 
 def test_prefixes_are_written_back_and_fetched_between_devices(make_pair: MakePair) -> None:
-    prompt = random.Random(5).choices(range(3, 500), k=300)
-    trio = make_pair(flags=BOUNCE, more=("prefill2",))
-    caches = {name: Target(name, half.engine.address) for name, half in trio.halves.items() if name != "decode"}
-    for name, half in trio.halves.items():
-        others = [target for other, target in caches.items() if other != name]
-        half.engine.core.handle(Peers([] if name == "decode" else [trio.target], others))
-
-    trio.add("a", prompt, max_tokens=100, ignore_eos=True)
-    trio.run(lambda: ("a", 0) in trio.decode.finished)
-    check_slots(trio)
-    assert trio.prefill.engine.core.stats().counters["prefix_kept_blocks"] == 3
-    turn = [*prompt, *trio.output("a"), *random.Random(6).choices(range(3, 500), k=20)]
-    trio.add("b", turn, max_tokens=20, ignore_eos=True)
-    trio.add("plain", turn, to="prefill2", max_tokens=20, ignore_eos=True)
-    trio.run(lambda: {("b", 0), ("plain", 0)} <= trio.decode.finished.keys())
-
-    assert trio.output("b") == trio.output("plain")
-    assert trio.prefill.engine.core.stats().counters["prefix_hit_tokens"] >= 12 * 32
-    check_slots(trio)
+    prefixes_are_written_back_and_fetched(make_pair, BOUNCE, check_slots)
 
 
 def test_swapped_sequences_come_back_to_the_device_exactly(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.handoff_writer.PATIENCE_S", 120.0)
-    context = {"model.max_model_len": "256"}
-
-    def outputs(pair: EnginePair) -> list[list[int]]:
-        for i in range(3):
-            prompt = random.Random(i).choices(range(300, 2000), k=(20, 50)[i % 2])
-            pair.add(f"r{i}", prompt, max_tokens=120, ignore_eos=True)
-        pair.run(lambda: len(pair.decode.finished) == 3, timeout_s=100)
-        check_slots(pair)
-        return [pair.output(f"r{i}") for i in range(3)]
-
-    expected = outputs(make_pair(flags=context))
-    pair = make_pair(flags={**context, **BOUNCE, "kv.swap_bytes": "16MiB"}, decode_blocks=9)
-    assert outputs(pair) == expected
-    assert pair.decode.engine.core.stats().counters["preempt_swap_blocks"] > 0
+    swapped_sequences_come_back(make_pair, BOUNCE, check_slots, monkeypatch)
 
 
 def _build(folder: Path, **flags: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,18 @@ import configs
 from engines.build import build_engine
 from engines.device_kv.direct_node import DirectNode
 from engines.errors import DeviceUnavailable
-from engines.messages import Peers, Target
+from engines.messages import Peers
 from engines.process import EngineConfig
 from kvstore.transport.errors import RdmaError
 from tests.cluster import TINY_CHAT
 from tests.contract.transport_helpers import needs_nixl
 from tests.engine_pair import SECRET, EnginePair
+from tests.integration.device_kv_scenarios import (
+    MakePair,
+    evicted_prefixes_come_back,
+    prefixes_are_written_back_and_fetched,
+    swapped_sequences_come_back,
+)
 from tests.integration.test_engine_handoff import (
     test_a_poisoned_block_tail_never_leaves_the_prefill_worker,
     test_a_recovered_sequence_goes_on_where_its_log_ends,
@@ -45,7 +50,6 @@ MIXES = {
     "decode": (SHARED, DIRECT),
     "prefill, decode bounced": (DIRECT, BOUNCED),
 }
-MakePair = Callable[..., EnginePair]
 
 
 @pytest.fixture
@@ -82,70 +86,22 @@ def test_a_dry_run_proves_a_pair_over_device_addresses(pair: EnginePair) -> None
     assert dry_runs.usable == [pair.target]
 
 
+def settle(pair: EnginePair) -> None:
+    pair.run(lambda: not pair.blocks_in_use())
+
+
 def test_an_evicted_prefix_comes_back_from_host_memory_and_disk(make_pair: MakePair) -> None:
-    small = {"model.max_model_len": "512", "kv.num_blocks": "16"}
-    tiers = {"kv.host_cache_bytes": "32MiB", "kv.disk_cache_bytes": "64MiB"}
-    prompts = {name: random.Random(name).choices(range(3, 500), k=300) for name in "abc"}
-
-    def answers(pair: EnginePair, round_: str) -> dict[str, list[int]]:
-        found = {}
-        for name, prompt in prompts.items():
-            rid = name + round_
-            pair.add(rid, prompt, max_tokens=12, ignore_eos=True)
-            pair.run(lambda rid=rid: (rid, 0) in pair.decode.finished)  # type: ignore[misc]
-            found[name] = pair.output(rid)
-        pair.run(lambda: not pair.blocks_in_use())
-        return found
-
-    expected = answers(make_pair(flags={**small, "kv.enable_prefix_caching": "false"}), "0")
-    pair = make_pair(flags={**small, **tiers, **DIRECT})
-    assert answers(pair, "1") == expected
-    assert answers(pair, "2") == expected
-    counters = pair.prefill.engine.core.stats().counters
-    assert counters["tier_spilled_blocks"] > 0
-    assert counters["tier_restored_blocks"] > 0
-    assert counters["tier_damaged_blocks"] == 0
+    evicted_prefixes_come_back(make_pair, DIRECT, SHARED, settle)
 
 
 def test_prefixes_are_written_back_and_fetched_between_devices(make_pair: MakePair) -> None:
-    prompt = random.Random(5).choices(range(3, 500), k=300)
-    trio = make_pair(flags=DIRECT, more=("prefill2",))
-    caches = {name: Target(name, half.engine.address) for name, half in trio.halves.items() if name != "decode"}
-    for name, half in trio.halves.items():
-        others = [target for other, target in caches.items() if other != name]
-        half.engine.core.handle(Peers([] if name == "decode" else [trio.target], others))
-
-    trio.add("a", prompt, max_tokens=100, ignore_eos=True)
-    trio.run(lambda: ("a", 0) in trio.decode.finished)
-    trio.run(lambda: not trio.blocks_in_use())
-    assert trio.prefill.engine.core.stats().counters["prefix_kept_blocks"] == 3
-    turn = [*prompt, *trio.output("a"), *random.Random(6).choices(range(3, 500), k=20)]
-    trio.add("b", turn, max_tokens=20, ignore_eos=True)
-    trio.add("plain", turn, to="prefill2", max_tokens=20, ignore_eos=True)
-    trio.run(lambda: {("b", 0), ("plain", 0)} <= trio.decode.finished.keys())
-
-    assert trio.output("b") == trio.output("plain")
-    assert trio.prefill.engine.core.stats().counters["prefix_hit_tokens"] >= 12 * 32
-    trio.run(lambda: not trio.blocks_in_use())
+    prefixes_are_written_back_and_fetched(make_pair, DIRECT, settle)
 
 
 def test_swapped_sequences_come_back_to_the_device_exactly(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.handoff_writer.PATIENCE_S", 120.0)
-    context = {"model.max_model_len": "256"}
-
-    def outputs(pair: EnginePair) -> list[list[int]]:
-        for i in range(3):
-            prompt = random.Random(i).choices(range(300, 2000), k=(20, 50)[i % 2])
-            pair.add(f"r{i}", prompt, max_tokens=120, ignore_eos=True)
-        pair.run(lambda: len(pair.decode.finished) == 3, timeout_s=100)
-        return [pair.output(f"r{i}") for i in range(3)]
-
-    expected = outputs(make_pair(flags=context))
-    pair = make_pair(flags={**context, **DIRECT, "kv.swap_bytes": "16MiB"}, decode_blocks=9)
-    assert outputs(pair) == expected
-    assert pair.decode.engine.core.stats().counters["preempt_swap_blocks"] > 0
+    swapped_sequences_come_back(make_pair, DIRECT, settle, monkeypatch)
 
 
 def test_workers_with_blocks_of_another_size_refuse_each_other_by_name(make_pair: MakePair) -> None:
