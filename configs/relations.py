@@ -85,7 +85,11 @@ def relation_faults(settings: Settings, origins: Mapping[str, str]) -> list[Conf
             "a loopback address, or flower.basic_auth=user:password",
         )
     if kv.direct == "on" and transfer.protocol != "rdma":
-        fault("kv.direct", f"is on, and transfer.protocol is {transfer.protocol}", "transfer.protocol=rdma, or auto")
+        fault(
+            "kv.direct",
+            f"is on, and transfer.protocol is {transfer.protocol}",
+            "transfer.protocol=rdma, or kv.direct=auto",
+        )
     if kv.direct == "on" and kv.bounce_bytes:
         fault("kv.bounce_bytes", "would not be used: kv.direct is on", "0, or kv.direct=off")
     for role in ("prefill", "decode"):
