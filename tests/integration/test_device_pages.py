@@ -24,15 +24,12 @@ DIRECT = pytest.mark.skipif(not HAS_GPU, reason="no GPU: device pages at their o
 IPC = pytest.mark.skipif(not HAS_GPU, reason="no GPU: device pages over cuda_ipc are not tested here")
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=PUSHED)])
-def test_pages_of_another_process_get_from_its_device_to_ours(device: str, protocol: str, tmp_path: Path) -> None:
+def takes_pages_of(end: BouncedEnd | DirectEnd, role: str, protocol: str, run_dir: str) -> None:
+    """Four patterned pages of a writer in a process of its own, byte for byte; closes `end`."""
     expected = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
     expected.fill_with_pattern()
-    end = BouncedEnd("here", str(tmp_path), [protocol], device=device)
-    role = "bounced-writer" if device == "cpu" else f"{device}-writer"
     try:
-        with Child(role, protocol, str(tmp_path), end.address) as child:
+        with Child(role, protocol, run_dir, end.address) as child:
             end.node.grant(end.wait(ReserveRequested, timeout_s=60), list(range(10, 18)))
             assert child.read_event() == "GrantReceived"
             child.tell("commit")
@@ -45,6 +42,14 @@ def test_pages_of_another_process_get_from_its_device_to_ours(device: str, proto
         end.node.check_invariants()
     finally:
         end.close()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=PUSHED)])
+def test_pages_of_another_process_get_from_its_device_to_ours(device: str, protocol: str, tmp_path: Path) -> None:
+    end = BouncedEnd("here", str(tmp_path), [protocol], device=device)
+    role = "bounced-writer" if device == "cpu" else f"{device}-writer"
+    takes_pages_of(end, role, protocol, str(tmp_path))
 
 
 @needs_nixl
@@ -62,23 +67,8 @@ def test_pages_of_another_process_get_from_its_memory_to_ours_by_their_addresses
     role: str, device: str, tmp_path: Path
 ) -> None:
     """Each end in memory of the host or of a GPU; verified where the pages are."""
-    expected = DeviceBytes(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
-    expected.fill_with_pattern()
     end = DirectEnd("here", str(tmp_path), device=device)
-    try:
-        with Child(role, "rdma", str(tmp_path), end.address) as child:
-            end.node.grant(end.wait(ReserveRequested, timeout_s=60), list(range(10, 18)))
-            assert child.read_event() == "GrantReceived"
-            child.tell("commit")
-            assert end.wait(Arrived).blocks == tuple(range(10, 18))
-            for place in range(4):
-                assert end.region.block(10 + place) == expected.block(place)
-            assert not any(end.region.block(14)), "a block that nobody filled"
-            end.node.settle("w:1", True)
-            assert child.read_event() == Handed.__name__
-        end.node.check_invariants()
-    finally:
-        end.close()
+    takes_pages_of(end, role, "rdma", str(tmp_path))
 
 
 @needs_nixl

@@ -82,13 +82,14 @@ def test_an_idle_program_is_stopped_and_goes_on_with_its_next_job() -> None:
         assert echo.run({"k": 2}) == {"k": 2}
 
 
-BUSY = """
-import subprocess, sys, time
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print('{"worker": %d}' % worker.pid, flush=True)
+UNTIL_KILLED = "import signal; signal.alarm(600); signal.pause()"  # or ten minutes later, whatever becomes of the test
+BUSY = f"""
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "{UNTIL_KILLED}"])
+print('{{"worker": %d}}' % worker.pid, flush=True)
 sys.stdin.readline()
-print('{"begun": 1}', flush=True)
-time.sleep(600)
+print('{{"begun": 1}}', flush=True)
+{UNTIL_KILLED}
 """
 
 
